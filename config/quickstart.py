@@ -1,0 +1,19 @@
+# A first GPT, on any computer, in a few minutes: Python's own documentation is the text.
+out_dir = 'out-quickstart'
+dataset = 'sample'
+eval_interval = 100
+eval_iters = 20
+log_interval = 10
+batch_size = 8
+gradient_accumulation_steps = 1
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 192
+dropout = 0.0
+learning_rate = 3e-3
+max_iters = 400
+lr_decay_iters = 400
+warmup_iters = 20
+min_lr = 3e-4
+beta2 = 0.99

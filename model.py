@@ -1,0 +1,213 @@
+"""What is the network? GPT-2 with its names: configuration, blocks, initialisation, loss, FLOPs.
+
+Sizes in comments: B batch, T time, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+"""
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024          # tokens of context
+    vocab_size: int = 50304         # embedding rows: GPT-2's 50257, padded for speed to 64 x 786
+    n_layer: int = 12               # blocks
+    n_head: int = 12                # attention heads in a block
+    n_embd: int = 768               # width
+    dropout: float = 0.0            # 0 for pretraining, 0.1 or more for finetuning or repeated data
+    bias: bool = True               # biases in Linear and LayerNorm, as GPT-2 has them
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            nearest = max(self.n_embd // self.n_head, 1) * self.n_head
+            raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} "
+                             f"heads. Nearest that works: n_embd = {nearest}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} is a probability, from 0 to below 1")
+
+
+def model_args(cfg):
+    """The fields of `cfg` (a GPTConfig or an extension of it) that make a model, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in tensors made once for the whole context."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        shape = (2, config.n_layer, batch_size, config.n_head, config.block_size,
+                 config.n_embd // config.n_head)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)       # 2 x (L, B, H, T, D)
+        self.length = 0             # tokens in it
+
+    def extend(self, layer, k, v):
+        """Add `k`, `v` (B, H, T, D) after what is there; return all keys and values of `layer`."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)   # 3 x (B, H, T, D)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype))
+            q = q.to(k.dtype)
+            if T > 1 and cache.length:                      # some of many: each sees its past
+                mask = torch.ones(T, k.size(2), dtype=torch.bool,
+                                  device=x.device).tril(cache.length)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = GPTConfig(**model_args(config))
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight   # tied (Press and Wolf 2017)
+        self.init_weights()
+
+    def init_weights(self):
+        """N(0, 0.02), over sqrt(2 n_layer) for the 2 n_layer sums into the residual stream."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(
+                    p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, idx, cache=None):
+        """What the last block and the final norm make of `idx` (B, T): (B, T, C)."""
+        past = cache.length if cache is not None else 0
+        T = idx.size(1)
+        assert past + T <= self.config.block_size, \
+            f"{past} + {T} tokens in a context of {self.config.block_size}"
+        pos = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx)
+                                  + self.transformer.wpe(pos))                # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T) the mean cross-entropy in nats.
+
+        Targets of -1 do not count. The logits of a loss are not returned, so they can be freed.
+        """
+        logits = self.lm_head(self.hidden(idx))                               # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1),
+                               ignore_index=-1)
+
+    def n_params(self):
+        """Parameters: {"total": all, tied ones once, "without_embeddings": without wte and wpe}."""
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total,
+                "without_embeddings": total - self.transformer.wte.weight.numel()
+                                            - self.transformer.wpe.weight.numel()}
+
+    def flops_per_token(self):
+        """FLOPs of forward and backward per token of a full window, a multiply-add as two.
+
+        6 per weight that is multiplied (blocks and head), and attention counted causally: a token
+        attends to T / 2 others on average, 6 L C T in all (PaLM's appendix B counts all T, which is
+        twice that).
+        """
+        c = self.config
+        matmul = sum(p.numel() for name, p in self.named_parameters()
+                     if p.dim() == 2 and "wpe" not in name)
+        return 6 * matmul + 6 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size):
+        """Forget positions from `block_size` on, to train a pretrained model on shorter windows."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size = {block_size}, but this model has learned "
+                             f"{self.config.block_size} positions")
+        self.config = GPTConfig(**{**asdict(self.config), "block_size": block_size})
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size], freeze=False)
+
+    @classmethod
+    def from_pretrained(cls, name, dropout=0.0):
+        """OpenAI's weights ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder like these.
+
+        The exact GELU stands in for GPT-2's tanh approximation of it, as in nanoGPT.
+        """
+        try:
+            from transformers import AutoConfig, GPT2LMHeadModel
+        except ImportError:
+            raise ImportError(f"init_from = {name!r} needs transformers: "
+                              "pip install transformers") from None
+        try:
+            c = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"init_from = {name!r}: transformers finds no model there: "
+                             f"{str(error).splitlines()[0]}") from None
+        if c.model_type != "gpt2" or c.n_inner not in (None, 4 * c.n_embd):
+            raise ValueError(f"init_from = {name!r} is a model of type {c.model_type}; "
+                             "only GPT-2's shape can be read")
+        weights = GPT2LMHeadModel.from_pretrained(name).state_dict()
+        model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
+                              n_head=c.n_head, n_embd=c.n_embd, dropout=dropout, bias=True))
+        for key, ours in model.state_dict().items():
+            is_conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            ours.copy_(weights[key].T if is_conv1d else weights[key])   # kept as (in, out) there
+        return model

@@ -1,0 +1,77 @@
+"""What the tests share: a folder to work in, documents, parquet files, tiny datasets and scripts."""
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # the models here are tiny; more threads only wait
+
+WORDS = """the of and a to in is that it was for on are as with his they at be this from have or by one had
+not but what all were when we there can an your which their said if do will each about how up out them then
+she many some so these would other into has more her two like him see time could no make than first been its
+naïve Zürich 東京 Привет 🙂 don't we'll 3.14 1,024 <|endoftext|> \n \n\n \t""".split(" ")
+
+
+def documents(n, seed=0, longest=120):
+    """`n` different documents of words in several scripts."""
+    rng = random.Random(seed)
+    return [f"Document {seed}-{i}: " + " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+            for i in range(n)]
+
+
+def write_parquet(path, texts, column="text", **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    kind = options.pop("type", pa.string())
+    pq.write_table(pa.table({column: pa.array(texts, type=kind), "id": list(range(len(texts)))}),
+                   path, **{"row_group_size": 100, **options})
+    return Path(path)
+
+
+def write_nanogpt(folder, train, val=None):
+    """A dataset as nanoGPT's scripts leave it: uint16 ids and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.asarray(train, np.uint16).tofile(folder / "train.bin")
+    np.asarray(train if val is None else val, np.uint16).tofile(folder / "val.bin")
+    return folder
+
+
+def script(name, *args, cwd, check=True, env=None, **options):
+    """Run a script of the project in `cwd` as a user does; returns the finished process."""
+    done = subprocess.run([sys.executable, str(PROJECT / name), *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True, env={**os.environ, **(env or {})}, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder to stand in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with data/tiny/, prepared by prepare.py from 300 documents."""
+    where = tmp_path_factory.mktemp("prepared")
+    write_parquet(where / "tiny.parquet", documents(300))
+    script("prepare.py", "tiny.parquet", "--dataset=tiny", "--num_proc=1", cwd=where)
+    return where
+
+
+@pytest.fixture
+def tiny(work, prepared):
+    """A folder to stand in that has data/tiny/ and data/letters/, 5,000 ids below 64 that can be learned."""
+    (work / "data").mkdir()
+    (work / "data" / "tiny").symlink_to(prepared / "data" / "tiny")
+    steps = np.random.default_rng(0).integers(1, 4, 5000)
+    write_nanogpt(work / "data" / "letters", np.cumsum(steps) % 64, np.cumsum(steps[::-1]) % 64)
+    return work

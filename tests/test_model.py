@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import configure
+from conftest import PROJECT
+from model import GPT, GPTConfig, KVCache, model_args
+from train import TrainConfig
+
+SMALL = dict(block_size=32, vocab_size=320, n_layer=3, n_head=4, n_embd=64)
+
+
+def small(seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**SMALL, **changes})).eval()
+
+
+def hf_twin(model):
+    """transformers' GPT-2 with the weights of `model`."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        activation_function="gelu", attn_implementation="eager")).eval()
+    ours, theirs = model.state_dict(), twin.state_dict()
+    for key, w in theirs.items():
+        if key in ours:
+            conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            w.copy_(ours[key].T if conv1d else ours[key])
+        else:
+            assert key.endswith("bias"), key
+            w.zero_()
+    return twin
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_and_loss_are_those_of_transformers(bias):
+    model = small(bias=bias)
+    with torch.no_grad():
+        for p in model.parameters():                    # biases and norms too must matter
+            p.add_(0.05 * torch.randn_like(p))
+    twin = hf_twin(model)
+    idx = torch.randint(320, (2, 32))
+    assert torch.allclose(model(idx), twin(idx).logits, atol=2e-5)
+    assert torch.allclose(model(idx[:, :-1], idx[:, 1:]), twin(idx, labels=idx).loss, atol=1e-5)
+
+
+def test_weights_read_back_from_a_folder_of_transformers(work):
+    model = small(bias=True)
+    hf_twin(model).save_pretrained("hf")
+    again = GPT.from_pretrained("hf").eval()
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_folder_that_is_no_gpt2_is_refused(work):
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaConfig(hidden_size=32).save_pretrained("llama")
+    with pytest.raises(ValueError, match="of type llama; only GPT-2's shape"):
+        GPT.from_pretrained("llama")
+    with pytest.raises(ValueError, match="finds no model there"):
+        GPT.from_pretrained(str(work / "nothing"))
+
+
+def test_a_token_sees_its_past_and_never_its_future():
+    model = small()
+    idx = torch.randint(320, (1, 32))
+    changed = idx.clone()
+    changed[0, 20:] = 7
+    a, b = model(idx), model(changed)
+    assert torch.allclose(a[:, :20], b[:, :20], atol=1e-6) and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-3)
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = small()
+    idx, targets = torch.randint(320, (2, 16)), torch.randint(320, (2, 16))
+    masked = targets.clone()
+    masked[1] = -1
+    assert torch.allclose(model(idx, masked), model(idx[:1], targets[:1]), atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_tokens_in_fp32():
+    model = small()
+    idx, targets = torch.randint(320, (3, 16)), torch.randint(320, (3, 16))
+    by_hand = -F.log_softmax(model(idx).double(), -1).gather(2, targets[..., None]).mean()
+    assert model(idx, targets).item() == pytest.approx(by_hand.item(), rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx, targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize("pieces", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
+def test_keys_and_values_from_the_cache_change_nothing(pieces):
+    model = small()
+    idx = torch.randint(320, (2, sum(pieces)))
+    cache, at, parts = KVCache(model.config, 2, idx.device, torch.float32), 0, []
+    with torch.no_grad():
+        whole = model.hidden(idx)
+        for n in pieces:
+            parts.append(model.hidden(idx[:, at:at + n], cache))
+            at += n
+    assert cache.length == idx.size(1) and torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+def test_initial_weights_are_gpt2s():
+    model = small(n_embd=256, n_layer=8, bias=True)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif p.dim() == 1:
+            assert (p == 1).all()
+        else:
+            std = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_new_model_knows_nothing():
+    model = small(vocab_size=50304)
+    idx = torch.randint(50257, (4, 32))
+    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(math.log(50304), abs=0.1)
+
+
+def test_dropout_acts_in_training_only():
+    model = small(dropout=0.3)
+    idx = torch.randint(320, (2, 16))
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+
+
+@pytest.mark.parametrize("shape, total, without", [
+    ("mission", 64.0e6, 37.8e6), (dict(n_head=12, n_embd=768), 124.3e6, 84.9e6)])
+def test_parameters_are_counted_as_they_are(shape, total, without):
+    if shape == "mission":
+        shape = model_args(configure(TrainConfig, [str(PROJECT / "config" / "train_fineweb_4070_one_shard.py")]))
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{**shape, "bias": False}))
+    n, c = model.n_params(), model.config
+    blocks = c.n_layer * (12 * c.n_embd ** 2 + 2 * c.n_embd) + c.n_embd
+    assert n["without_embeddings"] == blocks == pytest.approx(without, rel=0.002)
+    assert n["total"] == blocks + (c.vocab_size + c.block_size) * c.n_embd == pytest.approx(total, rel=0.002)
+
+
+def test_flops_per_token_are_those_that_torch_counts():
+    model = small(bias=False)
+    idx = torch.randint(320, (4, 32))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx).backward()
+    c = model.config
+    counted = counter.get_total_flops() / idx.numel()
+    # torch counts attention over all T, ours over the T / 2 that a token can see on average
+    assert model.flops_per_token() + 6 * c.n_layer * c.n_embd * c.block_size == pytest.approx(counted, rel=1e-6)
+
+
+def test_cropping_forgets_positions_only():
+    model = small()
+    idx = torch.randint(320, (1, 16))
+    before = model(idx)
+    model.crop_block_size(16)
+    assert torch.equal(model(idx), before) and model.config.block_size == 16
+    assert model.transformer.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match="has learned 16 positions"):
+        model.crop_block_size(64)

@@ -1,0 +1,443 @@
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare
+from conftest import PROJECT, documents, script, write_parquet
+from loader import END_OF_TEXT, Dataset
+from tokenizer import GPT2Tokenizer
+
+NAMES = ("meta.json", "train.bin", "train.idx", "val.bin", "val.idx")
+
+
+def run_prepare(*args, **settings):
+    """prepare.py in this process, with one worker."""
+    settings = {"num_proc": 1, **settings}
+    prepare.main(prepare.PrepareConfig(files=tuple(map(str, args)), **settings))
+
+
+def texts(folder, split):
+    """The documents of a prepared split, decoded."""
+    tokens, starts = np.fromfile(folder / f"{split}.bin", np.uint16), np.fromfile(folder / f"{split}.idx", np.uint64)
+    assert starts[0] == 0 and starts[-1] == len(tokens)
+    pieces = [tokens[int(a):int(b)] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    assert all(p[0] == END_OF_TEXT and END_OF_TEXT not in p[1:] for p in pieces)
+    return [GPT2Tokenizer().decode_bytes(p[1:]).decode() for p in pieces]
+
+
+def files_of(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_every_document_comes_back_in_order_on_one_side(work):
+    docs = documents(700)
+    write_parquet("a.parquet", docs)
+    run_prepare("a.parquet", dataset="a", val_fraction=0.1)
+    train, val = (texts(work / "data/a", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(docs) and 30 < len(val) < 120
+    assert train == [d for d in docs if d in set(train)] and val == [d for d in docs if d in set(val)]
+
+
+def test_the_files_can_be_trained_on_and_meta_json_tells_their_truth(work):
+    docs = documents(300)
+    source = write_parquet("a.parquet", docs)
+    run_prepare("a.parquet", dataset="a", val_fraction=0.2)
+    meta = json.loads((work / "data/a/meta.json").read_text())
+    for split in ("train", "val"):
+        data, told, decoded = Dataset(work / "data/a", split, 16, 50304), meta["splits"][split], texts(work / "data/a", split)
+        assert told["documents"] == data.n_documents == len(decoded) and told["tokens"] == data.n_tokens
+        assert told["text_bytes"] == data.text_bytes == sum(len(d.encode()) for d in decoded)
+        assert told["max_token"] == data.tokens.max()
+        assert told["bin_sha256"] == files_of(work / "data/a")[f"{split}.bin"]
+    assert meta["sources"] == [{"name": "a.parquet", "bytes": source.stat().st_size, "rows": 300, "split": "train",
+                                "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]
+    assert meta["tokenizer"]["n_vocab"] == 50257 and meta["seed"] == 1337
+    assert sorted(p.name for p in (work / "data/a").iterdir()) == list(NAMES)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes_or_row_groups(work, monkeypatch):
+    docs = documents(1200)
+    write_parquet("x/a.parquet", docs)
+    write_parquet("y/a.parquet", docs, row_group_size=1200)
+    for n in (1, 2, 3):
+        script("prepare.py", "x/a.parquet", f"--dataset=p{n}", f"--num_proc={n}", cwd=work)
+    run_prepare("y/a.parquet", dataset="y")
+    monkeypatch.setattr(prepare, "ROWS_PER_TASK", 37)
+    run_prepare("x/a.parquet", dataset="z")
+    sums = [files_of(work / "data" / d) for d in ("p1", "p2", "p3", "z")]
+    assert all(s == sums[0] for s in sums)
+    assert files_of(work / "data/y")["train.bin"] == sums[0]["train.bin"]
+
+
+def test_equal_documents_land_on_one_side(work):
+    docs = documents(50) * 10
+    random.Random(0).shuffle(docs)
+    write_parquet("a.parquet", docs)
+    run_prepare("a.parquet", dataset="a", val_fraction=0.3)
+    train, val = (set(texts(work / "data/a", split)) for split in ("train", "val"))
+    assert train and val and not train & val
+
+
+def test_the_seed_decides_what_is_val(work):
+    write_parquet("a.parquet", documents(300))
+    for seed in (1, 2):
+        run_prepare("a.parquet", dataset=f"s{seed}", seed=seed, val_fraction=0.2)
+    assert set(texts(work / "data/s1", "val")) != set(texts(work / "data/s2", "val"))
+
+
+def test_a_val_file_is_val_whole_and_its_texts_leave_train(work, capsys):
+    docs, val = documents(200), documents(40, seed=1)
+    write_parquet("a.parquet", docs[:150] + val[:3] + docs[150:])
+    write_parquet("v.parquet", val)
+    run_prepare("a.parquet", dataset="a", val="v.parquet")
+    assert texts(work / "data/a", "val") == val and texts(work / "data/a", "train") == docs
+    assert "left out: 3 documents in both splits" in capsys.readouterr().out
+
+
+def test_several_files_are_one_dataset_in_their_order(work):
+    docs = documents(90)
+    write_parquet("a.parquet", docs[:40])
+    write_parquet("b.parquet", docs[40:])
+    write_parquet("v.parquet", documents(5, seed=9))
+    run_prepare("a.parquet", "b.parquet", dataset="ab", val="v.parquet")
+    assert texts(work / "data/ab", "train") == docs
+
+
+def test_empty_and_null_documents_are_left_out_and_counted(work, capsys):
+    docs = documents(60)
+    write_parquet("a.parquet", docs[:30] + ["", None, None] + docs[30:])
+    run_prepare("a.parquet", dataset="a", val_fraction=0.3)
+    assert sorted(texts(work / "data/a", "train") + texts(work / "data/a", "val")) == sorted(docs)
+    assert "left out: 1 documents empty, 2 documents null" in capsys.readouterr().out
+    assert json.loads((work / "data/a/meta.json").read_text())["skipped"] == {"empty": 1, "null": 2}
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_other_columns_of_text_are_read_alike(work, kind):
+    docs = documents(60)
+    write_parquet("a.parquet", docs, column="content", type=kind)
+    run_prepare("a.parquet", dataset="a", text_column="content", val_fraction=0.2)
+    assert sorted(texts(work / "data/a", "train") + texts(work / "data/a", "val")) == sorted(docs)
+
+
+def test_broken_utf8_does_not_stop_it():
+    raw = pa.array([b"good", b"bad \xff\xfe end", None], pa.binary()).view(pa.string())
+    assert prepare.texts_of(raw) == ["good", "bad \ufffd\ufffd end", None]
+
+
+def test_small_files_give_more_of_themselves_to_val(work):
+    assert prepare.PrepareConfig().val_fraction == 0
+    for n, low, high in ((100, 0.1, 0.1), (9000, 0.02, 0.1)):
+        write_parquet(f"{n}.parquet", documents(n, longest=200))
+        run_prepare(f"{n}.parquet", dataset=f"d{n}")
+        meta = json.loads((work / f"data/d{n}/meta.json").read_text())
+        assert low <= meta["drawn_fraction"] <= high
+    assert 25_000 < meta["splits"]["val"]["tokens"] < 100_000
+
+
+def test_its_count_is_held_against_the_files_own(work, capsys):
+    docs = documents(100)
+    counts = [len(GPT2Tokenizer().encode(d)) for d in docs]
+    pq.write_table(pa.table({"text": docs, "token_count": counts}), "a.parquet")
+    run_prepare("a.parquet", dataset="a")
+    assert f"{sum(counts):,} tokens of text, the same as the sum of the files' token_count" in capsys.readouterr().out
+    pq.write_table(pa.table({"text": docs, "token_count": [c + 1 for c in counts]}), "b.parquet")
+    run_prepare("b.parquet", dataset="b")
+    assert "tokens of text, -100 against the sum of the files' token_count" in capsys.readouterr().out
+
+
+def test_a_second_run_on_the_same_input_does_nothing(work, capsys):
+    write_parquet("a.parquet", documents(100))
+    run_prepare("a.parquet", dataset="a")
+    before = {p: p.stat().st_mtime_ns for p in (work / "data/a").iterdir()}
+    run_prepare("a.parquet", dataset="a")
+    assert "Nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (work / "data/a").iterdir()} == before
+    run_prepare("a.parquet", dataset="a", force=True)
+    assert all(p.stat().st_mtime_ns > t for p, t in before.items())
+
+
+def test_another_input_never_replaces_a_dataset_unasked(work):
+    write_parquet("a.parquet", documents(100))
+    write_parquet("b.parquet", documents(100, seed=1))
+    run_prepare("a.parquet", dataset="a")
+    before = files_of(work / "data/a")
+    for args, settings in ((["b.parquet"], {}), (["a.parquet"], {"seed": 5})):
+        with pytest.raises(ValueError, match="was prepared from a.parquet, or with other settings. --force replaces it"):
+            run_prepare(*args, dataset="a", **settings)
+    assert files_of(work / "data/a") == before
+    run_prepare("b.parquet", dataset="a", force=True)
+    assert files_of(work / "data/a") != before
+
+
+# where the file is
+
+def test_the_one_parquet_file_under_data_is_found(work):
+    docs = documents(80)
+    write_parquet("data/sample/sample.parquet", documents(5))
+    write_parquet("data/fineweb_one_shard/000_00000.parquet", docs)
+    run_prepare()
+    assert len(texts(work / "data/fineweb", "train") + texts(work / "data/fineweb", "val")) == 80
+
+
+def test_it_may_lie_in_the_folder_of_the_dataset_itself(work):
+    write_parquet("data/fineweb/000_00000.parquet", documents(80))
+    run_prepare()
+    assert sorted(p.name for p in (work / "data/fineweb").iterdir()) == ["000_00000.parquet", *NAMES]
+    write_parquet("data/mine/x.parquet", documents(80, seed=2))
+    run_prepare(dataset="mine")
+    assert (work / "data/mine/meta.json").exists()
+
+
+# mistakes
+
+@pytest.mark.parametrize("make, args, settings, words", [
+    (None, [], {}, "there is no parquet file under"),
+    (lambda: (write_parquet("data/a.parquet", ["x"]), write_parquet("data/b.parquet", ["x"])), [], {},
+     "there are 2 parquet files under data: data/a.parquet, data/b.parquet"),
+    (None, ["gone.parquet"], {}, "gone.parquet does not exist"),
+    (lambda: open("a.parquet", "wb").write(b"this is no parquet file"), ["a.parquet"], {}, "not a whole parquet file"),
+    (lambda: write_parquet("a.parquet", ["x"], column="body"), ["a.parquet"], {},
+     "a.parquet has no column 'text'; it has body, id. Name the one with the text: --text_column="),
+    (lambda: write_parquet("a.parquet", ["x"]), ["a.parquet"], {"text_column": "id"},
+     "column 'id' of a.parquet is of type int64, not text; columns of text are text"),
+    (lambda: write_parquet("a.parquet", ["", None]), ["a.parquet"], {}, "no document is left for train"),
+    (lambda: write_parquet("a.parquet", ["x"]), ["a.parquet"], {}, "no document is left for val"),
+    (None, ["a.parquet"], {"sample": True}, "--sample builds its own text"),
+])
+def test_a_mistake_is_named_and_leaves_nothing_that_trains(work, make, args, settings, words):
+    if make:
+        make()
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        run_prepare(*args, **settings)
+    assert words in str(error.value)
+    assert not list(work.glob("data/*/train.bin")) and not list(work.glob("data/*/meta.json"))
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(val_fraction=1.5), "val_fraction = 1.5 is a share"), (dict(num_proc=-1), "num_proc = -1"),
+    (dict(val="v", val_fraction=0.1), "set one of the two")])
+def test_settings_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        prepare.PrepareConfig(**settings)
+
+
+def test_a_truncated_file_is_named(work):
+    write_parquet("a.parquet", documents(2000))
+    whole = (work / "a.parquet").read_bytes()
+    (work / "a.parquet").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole parquet file"):
+        run_prepare("a.parquet")
+    hole = bytearray(whole)
+    hole[2000:12000] = bytes(10000)                     # the footer is there, the data is not
+    (work / "a.parquet").write_bytes(hole)
+    with pytest.raises(ValueError, match="a.parquet is damaged"):
+        run_prepare("a.parquet")
+
+
+def test_a_mistake_is_one_sentence_for_the_user(work):
+    done = script("prepare.py", "gone.parquet", cwd=work, check=False)
+    assert done.returncode == 1 and done.stderr == "prepare.py: gone.parquet does not exist\n"
+
+
+# stopped at any moment
+
+def start(work, *args):
+    return subprocess.Popen([sys.executable, str(PROJECT / "prepare.py"), *args], cwd=work, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def kill_and_rerun(work, kills, n_documents, seed=0):
+    """Kill a prepare that replaces an older dataset at `kills` moments; each time a rerun ends in the same bytes."""
+    write_parquet("old.parquet", documents(60, seed=1))
+    write_parquet("new.parquet", documents(n_documents, seed=2))
+    new = ["new.parquet", "--dataset=d", "--num_proc=2", "--force"]
+    script("prepare.py", "old.parquet", "--dataset=d", cwd=work)
+    old = files_of(work / "data/d")
+    began = time.time()
+    script("prepare.py", *new[:1], "--dataset=reference", "--num_proc=2", cwd=work)
+    duration, wanted = time.time() - began, files_of(work / "data/reference")
+    rng, seen = random.Random(seed), {"old": 0, "new": 0}
+    for _ in range(kills):
+        script("prepare.py", "old.parquet", "--dataset=d", "--force", "--num_proc=1", cwd=work)
+        process = start(work, *new)
+        time.sleep(rng.uniform(0.2, 1.1) * duration)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        left = {k: v for k, v in files_of(work / "data/d").items() if not k.endswith(".new")}
+        assert left in (old, wanted)                    # whole, the old or the new
+        seen["old" if left == old else "new"] += 1
+        script("prepare.py", *new, cwd=work)
+        assert files_of(work / "data/d") == wanted
+    assert not alive(work), "a worker outlived the prepare that was killed"
+    return seen
+
+
+def alive(work):
+    """Processes that still stand in `work`."""
+    time.sleep(1.0)
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            found += [pid] * (os.readlink(f"/proc/{pid}/cwd") == str(work) and int(pid) != os.getpid())
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_killed_at_any_moment_a_rerun_ends_in_the_same_bytes(work):
+    kill_and_rerun(work, kills=2, n_documents=3000)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(work):
+    print(kill_and_rerun(work, kills=20, n_documents=20000))
+
+
+@pytest.mark.parametrize("renamed", range(5))
+def test_a_kill_between_the_renames_is_finished_by_the_next_run(work, renamed, capsys):
+    write_parquet("old.parquet", documents(60, seed=1))
+    write_parquet("new.parquet", documents(90, seed=2))
+    run_prepare("new.parquet", dataset="wanted")
+    run_prepare("old.parquet", dataset="d")
+    folder = work / "data/d"
+    for name in NAMES:
+        (folder / f"{name}.new").write_bytes((work / "data/wanted" / name).read_bytes())
+    for name in ("train.bin", "train.idx", "val.bin", "val.idx")[:renamed]:
+        os.replace(folder / f"{name}.new", folder / name)
+    with pytest.raises(ValueError, match="run `python prepare.py` once more"):
+        Dataset(folder, "train", 16, 50304)
+    run_prepare("new.parquet", dataset="d")
+    assert files_of(folder) == files_of(work / "data/wanted")
+    assert "finishing the prepare" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_what_was_there_and_says_so(work):
+    write_parquet("a.parquet", documents(100))
+    write_parquet("b.parquet", documents(20000, seed=1, longest=200))
+    script("prepare.py", "a.parquet", "--dataset=d", cwd=work)
+    before = files_of(work / "data/d")
+    process = start(work, "b.parquet", "--dataset=d", "--force", "--num_proc=2")
+    for line in process.stdout:
+        if line.startswith("preparing"):
+            break
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "Traceback" not in told, told
+    assert "stopped; data/d is as it was before" in told
+    assert files_of(work / "data/d") == before
+
+
+# the sample and the download
+
+def test_the_sample_is_pythons_documentation_in_finewebs_schema(work):
+    script("prepare.py", "--sample", cwd=work)
+    table = pq.read_table("data/sample/sample.parquet")
+    assert table.column_names == ["text", "id", "dump", "url", "date", "file_path", "language", "language_score",
+                                  "token_count"]
+    assert any("Return a" in t for t in table["text"].to_pylist()[:3000])
+    counted = [len(GPT2Tokenizer().encode(t)) for t in table["text"].to_pylist()]
+    assert counted == table["token_count"].to_pylist() and sum(counted) > 300_000
+    kept = texts(work / "data/sample", "train") + texts(work / "data/sample", "val")
+    assert sorted(kept) == sorted(table["text"].to_pylist())
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What answers for one file as the hub does: sizes and checksums by HEAD, a part of it by GET.
+
+    `cut` are the lengths after which it breaks off its next answers.
+    """
+    def answer(self):
+        hub = self.server
+        first = int(self.headers.get("Range", "bytes=0-").split("=")[1].split("-")[0])
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("ETag", f'"{hub.etag}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("Content-Length", str(len(hub.payload) - first))
+        self.end_headers()
+        return first
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        if "/resolve/" not in self.path:
+            return self.send_error(404)
+        first, hub = self.answer(), self.server
+        hub.served.append((self.path, first))
+        self.wfile.write(hub.payload[first:][:hub.cut.pop(0) if hub.cut else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(work):
+    pytest.importorskip("huggingface_hub")
+    write_parquet("hub.parquet", documents(200))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.payload, server.cut, server.served = (work / "hub.parquet").read_bytes(), [], []
+    server.etag = hashlib.sha256(server.payload).hexdigest()
+    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                  "HF_HOME": str(work / "hf"), "NO_PROXY": "127.0.0.1"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_download_goes_on_where_it_was_cut_off(work, hub):
+    hub.cut = [5000, 3000]
+    script("prepare.py", "--download", cwd=work, env=hub.env)
+    path = "/datasets/HuggingFaceFW/fineweb/resolve/main/data/CC-MAIN-2013-20/000_00000.parquet"
+    assert hub.served == [(path, 0), (path, 5000), (path, 8000)]
+    assert (work / "data/fineweb_one_shard/000_00000.parquet").read_bytes() == hub.payload
+    assert len(texts(work / "data/fineweb", "train") + texts(work / "data/fineweb", "val")) == 200
+    assert "already here" in script("prepare.py", "--download", cwd=work, env=hub.env).stdout
+
+
+def test_a_download_that_was_given_up_goes_on_in_the_next_run(work, hub):
+    hub.cut = [7000, *[0] * prepare.DOWNLOAD_TRIES]
+    done = script("prepare.py", "--download", cwd=work, check=False,
+                  env={**hub.env, "PYTHONPATH": str(write_fast_sleep(work))})
+    assert done.stderr == (f"prepare.py: the download stopped at 7,000 of {len(hub.payload):,} bytes. The same "
+                           "command goes on from there\n")
+    script("prepare.py", "--download", cwd=work, env=hub.env)
+    assert hub.served[-1][1] == 7000
+    assert (work / "data/fineweb_one_shard/000_00000.parquet").read_bytes() == hub.payload
+
+
+def write_fast_sleep(work):
+    """A folder whose sitecustomize.py makes waiting short, for a script that waits between its tries."""
+    (work / "fast").mkdir()
+    (work / "fast/sitecustomize.py").write_text("import time\n_s = time.sleep\n"
+                                                "time.sleep = lambda s: _s(min(s, .01))\n")
+    return work / "fast"
+
+
+def test_a_download_with_another_checksum_is_refused(work, hub):
+    hub.etag = "0" * 64
+    done = script("prepare.py", "--download", cwd=work, env=hub.env, check=False)
+    assert "is not the file (its checksum differs)" in done.stderr and "Traceback" not in done.stderr
+    assert not list((work / "data/fineweb_one_shard").iterdir())
+
+
+def test_a_hub_that_does_not_answer_is_named(work, hub):
+    done = script("prepare.py", "--download", cwd=work, check=False,
+                  env={**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "the hub does not answer for http://127.0.0.1:9/datasets" in done.stderr
+    assert "Traceback" not in done.stderr

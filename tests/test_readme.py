@@ -1,0 +1,69 @@
+"""Every command of the README works. Those that make an environment are run by .ci/run."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import PROJECT, documents, write_parquet
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip() and not line.startswith("#")]
+
+# what makes a run small enough for a test, whatever the config says
+SMALL = ("--max_iters=2 --lr_decay_iters=4 --warmup_iters=1 --batch_size=1 --gradient_accumulation_steps=2 "
+         "--block_size=32 --eval_iters=2 --device=cpu --dtype=float32 --compile=False").split()
+
+
+def test_the_readme_has_its_two_commands():
+    environments = [c for c in COMMANDS if c.startswith("python3 -m venv")]
+    assert len(environments) == 2
+    assert "train.py config/quickstart.py" in environments[0] and environments[1].endswith("pytest")
+
+
+def test_every_file_in_the_tree_of_the_readme_exists_and_every_file_is_in_it():
+    tree = README.split("## The files")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\| `([^`]+)` \|", tree, re.M))
+    assert named and all((PROJECT / name).exists() for name in named)
+    assert {p.name for p in PROJECT.glob("*.py")} <= named
+
+
+def test_every_other_command_of_the_readme_works(work):
+    """In their order, in one folder, as somebody who reads from top to bottom types them."""
+    write_parquet("Downloads/000_00000.parquet", documents(400))
+    write_parquet("my.parquet", documents(300, seed=1), column="content")
+    (work / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
+    (work / "config").symlink_to(PROJECT / "config")
+    ran = 0
+    for command in COMMANDS:
+        words = shlex.split(command.replace("~/Downloads", "Downloads"))
+        if words[:3] == ["python3", "-m", "venv"] or words[0] in ("git", "cd", "pip", "ruff", "pytest"):
+            continue
+        if "--download" in words:
+            continue                                    # needs the hub; tested against a stand-in in test_prepare.py
+        if words[0] == "python":
+            words = [sys.executable, str(PROJECT / words[1]), *words[2:]]
+        if words[0] == "torchrun":
+            words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            words[words.index("train.py")] = str(PROJECT / "train.py")
+        if any(w.endswith("train.py") for w in words):
+            words += SMALL
+            words += [] if any("resume" in w or "out_dir" in w for w in words) else ["--force"]
+        if any(w.endswith("sample.py") for w in words):
+            words += ["--max_new_tokens=5", "--device=cpu"]
+        done = subprocess.run(words, cwd=work, text=True, capture_output=True, timeout=120)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        ran += 1
+    assert ran >= 8
+
+
+@pytest.mark.parametrize("path", [p for p in re.findall(r"\]\(([^)#:]+)\)", README)])
+def test_links_of_the_readme_lead_somewhere(path):
+    assert (PROJECT / path).exists()
+
+
+def test_no_line_of_ours_is_left_without_a_license():
+    assert "MIT License" in Path(PROJECT / "LICENSE").read_text()

@@ -1,0 +1,591 @@
+"""The run as a whole. Most tests run train.main in this process, uncompiled and in fp32."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import configure
+from conftest import PROJECT, documents, script, write_nanogpt, write_parquet
+from loader import Dataset
+from model import GPT, GPTConfig, model_args
+from train import TrainConfig
+
+TINY = dict(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4,
+            gradient_accumulation_steps=2, max_iters=12, lr_decay_iters=12, warmup_iters=2, learning_rate=1e-2,
+            min_lr=1e-3, eval_interval=6, eval_iters=3, device="cpu", dtype="float32", compile=False)
+
+
+def run(**settings):
+    train.main(TrainConfig(**{**TINY, **settings}))
+
+
+def arguments(**settings):
+    return [f"--{k}={v}" for k, v in {**TINY, **settings}.items()]
+
+
+def log(out_dir="out"):
+    """The numbers of log.jsonl that do not depend on the clock, {(step, name): value}."""
+    told = {}
+    for line in Path(out_dir, "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        told.update({(entry["step"], k): v for k, v in entry.items()
+                     if k in ("train_loss", "val_loss", "lr", "grad_norm", "tokens", "epoch")})
+    return told
+
+
+def weights(out_dir="out"):
+    return checkpoint.load(Path(out_dir, "ckpt.pt"))["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Leave the signal handlers as they were."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+# the numbers are right
+
+def test_the_loss_falls_and_the_log_tells_it(tiny):
+    run(max_iters=60, lr_decay_iters=60, eval_interval=20)
+    told = log()
+    assert told[1, "train_loss"] == pytest.approx(math.log(64), abs=0.2)
+    assert math.log(3) < told[60, "val_loss"] < told[0, "val_loss"] - 2       # three ids may follow each
+    assert [s for s, k in told if k == "val_loss"] == [0, 20, 40, 60]
+    assert [s for s, k in told if k == "train_loss"] == list(range(1, 61))
+    assert told[60, "tokens"] == 60 * 4 * 2 * 16
+
+
+def test_a_step_is_what_torch_makes_of_the_same_windows(tiny):
+    """Three steps by hand: plain AdamW over the mean loss of all windows of a step, gradients clipped."""
+    run(max_iters=3, grad_clip=0.5)
+    cfg = TrainConfig(**{**TINY, "max_iters": 3})
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(**model_args(cfg)))
+    data = Dataset("data/letters", "train", 16, 64, cfg.seed)
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), foreach=False)
+    for step, told in enumerate(log()[s, "train_loss"] for s in (1, 2, 3)):
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr_at(step, cfg)
+        loss = model(*data.training_batch(step * 8, 8))
+        assert told == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        assert log()[step + 1, "grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.allclose(w, weights()[k], atol=1e-5) for k, w in model.state_dict().items())
+
+
+def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
+    for out_dir, batch, accumulate in (("out-a", 8, 1), ("out-b", 2, 4), ("out-c", 1, 8)):
+        run(out_dir=out_dir, batch_size=batch, gradient_accumulation_steps=accumulate, eval_iters=24 // batch)
+    a = log("out-a")
+    for other in (log("out-b"), log("out-c")):
+        assert other.keys() == a.keys()
+        assert all(other[k] == pytest.approx(a[k], rel=1e-4) for k in a)
+
+
+def test_validation_is_the_mean_over_the_first_windows_always_the_same(tiny):
+    run(eval_iters=5, eval_interval=4)
+    data = Dataset("data/letters", "val", 16, 64)
+    model = checkpoint.load_model(checkpoint.load("out/ckpt.pt")).eval()
+    with torch.no_grad():
+        losses = [model(*data.fixed_batch(k, 1, 20)).item() for k in range(20)]
+    assert log()[12, "val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 64])
+def test_validation_takes_all_windows_where_there_are_fewer_than_asked_for(tiny, batch_size):
+    run(eval_iters=1000, batch_size=batch_size, max_iters=1)
+    data = Dataset("data/letters", "val", 16, 64)
+    model = checkpoint.load_model(checkpoint.load("out/ckpt.pt")).eval()
+    with torch.no_grad():
+        whole = model(*data.fixed_batch(0, data.n_windows, data.n_windows)).item()
+    assert log()[1, "val_loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_how_often_it_is_evaluated_changes_nothing_else(tiny):
+    run(out_dir="out-a", dropout=0.2, eval_interval=1)
+    run(out_dir="out-b", dropout=0.2, eval_interval=100)
+    assert same(weights("out-a"), weights("out-b"))
+
+
+def test_the_learning_rate_warms_up_and_follows_the_cosine():
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    rates = [train.lr_at(s, cfg) for s in range(130)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110:] == [pytest.approx(0.1)] * 20
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert train.lr_at(0, TrainConfig(decay_lr=False, learning_rate=0.3)) == 0.3
+
+
+def test_weight_decay_falls_on_matrices_only():
+    cfg = TrainConfig(**{**TINY, "bias": True})
+    model = GPT(GPTConfig(**model_args(cfg)))
+    decayed, free = train.configure_optimizer(model, cfg, torch.device("cpu")).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    assert all(names[id(p)].endswith("weight") and "ln" not in names[id(p)] for p in decayed["params"])
+    assert all("ln" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
+    assert len(names) == len(decayed["params"]) + len(free["params"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_follows_fp32(tiny, dtype):
+    run(out_dir="out-32")
+    run(out_dir="out-16", dtype=dtype)
+    a, b = log("out-32"), log("out-16")
+    assert all(b[k] == pytest.approx(a[k], abs=0.05) for k in a if "loss" in k[1])
+    assert checkpoint.load("out-16/ckpt.pt")["model"]["lm_head.weight"].dtype == torch.float32
+
+
+def test_compiled_training_is_eager_training(tiny):
+    run(out_dir="out-eager", max_iters=4)
+    done = script("train.py", *arguments(out_dir="out-compiled", max_iters=4, compile=True), cwd=tiny)
+    assert "compiling the model" in done.stdout
+    a, b = log("out-eager"), log("out-compiled")
+    assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-3) for k in a)
+    assert weights("out-compiled").keys() == weights("out-eager").keys()        # no _orig_mod.
+
+
+def test_without_a_compiler_it_says_what_is_missing_and_goes_on(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    run(compile=True, max_iters=1)
+    assert "torch.compile cannot work here, going on without it (slower): there is no C++ compiler" \
+        in capsys.readouterr().out
+
+
+# it goes on as if it had never stopped
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("stop_at", [5, 6, 11])
+def test_a_resumed_run_is_the_uninterrupted_run(tiny, stop_at, dropout):
+    settings = dict(dropout=dropout, max_iters=12, gradient_accumulation_steps=2, log_interval=2)
+    run(out_dir="out-whole", **settings)
+    stop_after(stop_at, out_dir="out-cut", **settings)
+    assert checkpoint.load("out-cut/ckpt.pt")["iter_num"] == stop_at
+    torch.rand(100)                                     # the generator of another process stands elsewhere
+    run(out_dir="out-cut", init_from="resume", **settings)
+    assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+    a, b = (checkpoint.load(f"out-{x}/ckpt.pt") for x in ("cut", "whole"))
+    assert str(a["optimizer"]) == str(b["optimizer"]) and torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
+    assert a["best_val_loss"] == b["best_val_loss"]
+
+
+def stop_after(steps, **settings):
+    """Run, and ask to stop as Ctrl-C does while step `steps` is under way."""
+    ordinary, seen = train.lr_at, []
+
+    def counting(step, cfg):
+        if step == steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        seen.append(step)
+        return ordinary(step, cfg)
+    train.lr_at = counting
+    try:
+        run(**settings)
+    finally:
+        train.lr_at = ordinary
+    assert seen[-1] == steps - 1
+
+
+def test_a_run_resumes_over_the_end_of_an_epoch(tiny):
+    n = Dataset("data/letters", "train", 16, 64).n_windows
+    steps = n // 64 + 3
+    settings = dict(batch_size=32, gradient_accumulation_steps=2, max_iters=steps + 2, lr_decay_iters=steps + 2,
+                    eval_interval=1000, n_layer=1, n_embd=8, n_head=1)
+    run(out_dir="out-whole", **settings)
+    assert log("out-whole")[steps, "epoch"] > 1
+    stop_after(steps - 3, out_dir="out-cut", **settings)
+    run(out_dir="out-cut", init_from="resume", **settings)
+    assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+
+
+def test_a_run_resumes_with_another_split_of_its_steps(tiny):
+    run(out_dir="out-whole")
+    stop_after(5, out_dir="out-cut")
+    run(out_dir="out-cut", init_from="resume", batch_size=1, gradient_accumulation_steps=8, eval_iters=12)
+    a, b = log("out-whole"), log("out-cut")
+    assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
+
+
+def test_lines_of_the_log_that_a_killed_run_wrote_after_its_checkpoint_go(tiny):
+    run(out_dir="out-whole")
+    stop_after(5, out_dir="out-cut")
+    with open("out-cut/log.jsonl", "a") as f:
+        f.write('{"step": 6, "train_loss": 99}\n{"step": 7, "train_')
+    run(out_dir="out-cut", init_from="resume")
+    assert log("out-cut") == log("out-whole")
+
+
+def test_todays_settings_win_over_those_of_the_checkpoint(tiny):
+    stop_after(5)
+    run(init_from="resume", weight_decay=0.3, beta2=0.9, learning_rate=5e-3, dropout=0.1)
+    groups = checkpoint.load("out/ckpt.pt")["optimizer"]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.3 and groups[0]["betas"] == (0.9, 0.9)
+    assert log()[6, "lr"] == train.lr_at(5, TrainConfig(**{**TINY, "learning_rate": 5e-3}))
+
+
+def test_fp16_resumes_with_its_loss_scale(tiny):
+    run(out_dir="out-whole", dtype="float16")
+    stop_after(5, out_dir="out-cut", dtype="float16")
+    run(out_dir="out-cut", init_from="resume", dtype="float16")
+    assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(n_layer=3), "cannot resume out/ckpt.pt: n_layer is 2 there and 3 here"),
+    (dict(n_embd=64, n_head=4), "n_head is 2 there and 4 here; n_embd is 32 there and 64 here"),
+    (dict(block_size=8), "block_size is 16 there and 8 here"),
+    (dict(bias=True), "bias is False there and True here"),
+    (dict(batch_size=8), "tokens_per_step is 128 there and 256 here. --force resumes all the same"),
+    (dict(seed=1), "seed is 1337 there and 1 here"),
+    (dict(dataset="other"), "dataset is "),
+])
+def test_resuming_something_else_is_an_error_that_names_it(tiny, change, words):
+    write_nanogpt(tiny / "data/other", np.arange(2000) % 64)
+    stop_after(2)
+    before = weights()
+    with pytest.raises(ValueError) as error:
+        run(init_from="resume", **change)
+    assert words in str(error.value) and same(weights(), before)
+    if "force" in words:
+        run(init_from="resume", force=True, **change)
+        assert checkpoint.load("out/ckpt.pt")["iter_num"] == 12
+
+
+def test_resuming_nothing_is_named(tiny):
+    with pytest.raises(FileNotFoundError, match="out/ckpt.pt does not exist"):
+        run(init_from="resume")
+
+
+# nothing is lost
+
+def test_a_used_folder_is_never_started_over_unasked(tiny):
+    run(max_iters=2)
+    before = weights()
+    with pytest.raises(ValueError, match="out holds a run at step 2. --init_from=resume goes on with it, "
+                                         "--out_dir=OTHER starts beside it, --force starts over"):
+        run(seed=2)
+    assert same(weights(), before)
+    run(seed=2, force=True, max_iters=1)
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 1 and len(log()) < 12
+
+
+def val_losses(monkeypatch, *values):
+    """Let the evaluations of a run find these losses."""
+    values = iter(values)
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+
+
+def test_the_best_checkpoint_is_the_one_with_the_lowest_val_loss(tiny, monkeypatch):
+    val_losses(monkeypatch, 10.0, 5.0, 3.0, 4.0, 3.5)
+    run(eval_interval=2, max_iters=8)
+    best, newest = checkpoint.load("out/best.pt"), checkpoint.load("out/ckpt.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (4, 3.0)
+    assert (newest["iter_num"], newest["best_val_loss"]) == (8, 3.0)
+    val_losses(monkeypatch, 3.2, 2.9, 3.1)                      # and over a resume
+    run(eval_interval=2, max_iters=14, init_from="resume")
+    best, newest = checkpoint.load("out/best.pt"), checkpoint.load("out/ckpt.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (12, 2.9) and newest["iter_num"] == 14
+
+
+def test_it_saves_between_evaluations_too(tiny, monkeypatch):
+    saved, ordinary = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda parts, path: (saved.append(parts["iter_num"]), ordinary(parts, path)))
+    run(eval_interval=100, save_minutes=0.0)
+    assert saved == [*range(1, 13), 12][:len(saved)] and len(saved) >= 12
+
+
+def test_always_save_checkpoint_off_saves_only_what_is_better(tiny, monkeypatch):
+    saved, ordinary = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save",
+                        lambda parts, path: (saved.append(parts["iter_num"]), ordinary(parts, path)))
+    val_losses(monkeypatch, 10.0, 5.0, 6.0, 4.0, 4.5)
+    run(eval_interval=2, max_iters=8, always_save_checkpoint=False)
+    assert saved == [2, 6, 8]                                   # and the end of the run
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update(tiny):
+    stop_after(5)
+    parts = checkpoint.load("out/ckpt.pt")
+    parts["model"]["transformer.ln_f.weight"][0] = math.nan
+    checkpoint.save(parts, "out/ckpt.pt")
+    before = open("out/ckpt.pt", "rb").read()
+    with pytest.raises(ValueError, match="step 6: the loss is nan .* stops before the update; out/ckpt.pt is as it "
+                                         "was saved before. A lower learning_rate than 0.01"):
+        run(init_from="resume")
+    assert open("out/ckpt.pt", "rb").read() == before
+
+
+def test_a_gradient_that_is_not_a_number_stops_it_too(tiny, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(ValueError, match="step 1: the loss is 4.* and the gradient's norm inf.*nothing was saved yet"):
+        run()
+
+
+def test_max_hours_stops_saves_and_goes_on_another_evening(tiny, capsys):
+    run(out_dir="out-whole")
+    run(out_dir="out", max_hours=1e-9)
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 1
+    assert "max_hours are over at step 1" in capsys.readouterr().out
+    run(out_dir="out", init_from="resume")
+    assert same(weights("out"), weights("out-whole"))
+
+
+def start(work, *args):
+    return subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *args], cwd=work, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended without {words!r}")
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits(tiny, which):
+    process = start(tiny, *arguments(max_iters=100000, lr_decay_iters=100000))
+    wait_for(process, "step 10/")
+    process.send_signal(which)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopping: finishing this step and saving" in told
+    assert "stopped on request at step" in told and "--init_from=resume goes on" in told
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] >= 10
+
+
+def test_a_second_signal_stops_at_once(tiny):
+    process = start(tiny, *arguments(max_iters=100000, lr_decay_iters=100000, gradient_accumulation_steps=200000))
+    wait_for(process, "step 0: val loss")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "stopping")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT and not Path("out/ckpt.pt").exists()
+
+
+def kill_and_resume(work, kills, seed=0):
+    """Kill -9 a run at random moments, resume it each time; it ends as the run that nobody killed."""
+    settings = dict(max_iters=300, lr_decay_iters=300, eval_interval=50, dropout=0.1, save_minutes=0.0)
+    run(out_dir="out-whole", **settings)
+    rng, killed, init_from = random.Random(seed), 0, "scratch"
+    while killed < kills:
+        process = start(work, *arguments(out_dir="out-cut", init_from=init_from, **settings))
+        wait_for(process, "output ")
+        time.sleep(rng.uniform(0.0, 4.0))
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.communicate()
+        if Path("out-cut/ckpt.pt").exists():
+            checkpoint.load("out-cut/ckpt.pt")          # whole, always
+            init_from = "resume"
+            if checkpoint.load("out-cut/ckpt.pt")["iter_num"] == settings["max_iters"]:
+                assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+                for f in Path("out-cut").iterdir():     # finished: begin again
+                    f.unlink()
+                init_from = "scratch"
+    script("train.py", *arguments(out_dir="out-cut", init_from=init_from, **settings), cwd=work)
+    assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+
+
+def test_killed_at_any_moment_a_resumed_run_ends_the_same(tiny):
+    kill_and_resume(tiny, kills=2)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(tiny):
+    kill_and_resume(tiny, kills=20, seed=1)
+
+
+# several processes, other beginnings, other tools
+
+def test_two_processes_give_the_losses_of_one(tiny):
+    run(out_dir="out-one", eval_iters=5)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(PROJECT / "train.py"), *arguments(out_dir="out-two", eval_iters=5)],
+        cwd=tiny, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    one, two = log("out-one"), log("out-two")
+    assert one.keys() == two.keys() and all(two[k] == pytest.approx(one[k], abs=1e-4) for k in one)
+    assert done.stdout.count("step 0: val loss") == 1
+    a, b = weights("out-one"), weights("out-two")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    assert len(checkpoint.load("out-two/ckpt.pt")["rng"]) == 2
+
+
+def test_an_accumulation_that_the_processes_cannot_share_is_named(tiny):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(PROJECT / "train.py"), *arguments(gradient_accumulation_steps=3)],
+        cwd=tiny, text=True, capture_output=True)
+    assert "gradient_accumulation_steps = 3 is not a multiple of the 2 processes. Nearest that works: 2" in done.stderr
+
+
+def test_it_prepares_the_one_file_that_it_can_mean(work):
+    write_parquet("data/fineweb_one_shard/000_00000.parquet", documents(200))
+    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304, max_iters=2), cwd=work)
+    assert "data/fineweb is not prepared yet: doing that first, from data/fineweb_one_shard" in done.stdout
+    assert Path("data/fineweb/meta.json").exists() and Path("out/ckpt.pt").exists()
+
+
+def test_without_data_it_says_what_to_do(work):
+    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304), cwd=work, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("train.py: there is no parquet file under")
+    assert "data/fineweb_one_shard/000_00000.parquet" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_it_starts_from_a_folder_of_transformers_and_from_a_run(tiny):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_positions=32, n_embd=32, n_layer=2, n_head=2, activation_function="gelu")).eval()
+    hf.save_pretrained("hf")
+    text = dict(dataset="tiny", vocab_size=50304)           # what the model has counts, 50257
+    run(init_from="hf", out_dir="out-hf", max_iters=2, **text)
+    data = Dataset("data/tiny", "val", 16, 50257)
+    with torch.no_grad():
+        windows = torch.from_numpy(np.stack([data.window(k) for k in range(12)]).astype(np.int64))
+        wanted = hf(windows, labels=windows).loss.item()
+    assert log("out-hf")[0, "val_loss"] == pytest.approx(wanted, abs=2e-4)
+    assert checkpoint.load("out-hf/ckpt.pt")["model_args"]["block_size"] == 16
+    run(init_from="out-hf", out_dir="out-more", max_iters=1, **text)
+    assert log("out-more")[0, "val_loss"] == pytest.approx(log("out-hf")[2, "val_loss"], abs=1e-6)
+    run(init_from="resume", out_dir="out-hf", max_iters=4, **text)  # with the settings that it was started with
+    assert checkpoint.load("out-hf/ckpt.pt")["iter_num"] == 4
+
+
+def test_a_nanogpt_folder_of_characters_trains(work):
+    import pickle
+    text = "to be or not to be\n" * 200
+    letters = sorted(set(text))
+    folder = write_nanogpt(work / "data/chars", [letters.index(c) for c in text])
+    (folder / "meta.pkl").write_bytes(pickle.dumps({
+        "vocab_size": len(letters), "stoi": {c: i for i, c in enumerate(letters)}, "itos": dict(enumerate(letters))}))
+    run(dataset="chars", max_iters=60, lr_decay_iters=60, eval_interval=60)
+    assert checkpoint.load("out/ckpt.pt")["model_args"]["vocab_size"] == len(letters)
+    assert log()[60, "val_loss"] < 0.7 * log()[0, "val_loss"]
+
+
+def test_the_checkpoint_has_nanogpts_keys_and_plain_contents(tiny):
+    run(max_iters=2)
+    parts = torch.load("out/ckpt.pt", weights_only=True)
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= parts.keys()
+    assert parts["model_args"] == dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=64,
+                                       dropout=0.0)
+    assert parts["config"]["dataset"] == "letters" and {"scaler", "rng", "dataset", "versions"} <= parts.keys()
+
+
+def test_eval_only_evaluates_and_changes_nothing(tiny, capsys):
+    run(max_iters=6)
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    run(init_from="resume", eval_only=True)
+    assert f"step 6: val loss {log()[6, 'val_loss']:.4f}" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in Path("out").iterdir()} == before
+
+
+def test_a_run_folder_can_run_itself_again(tiny):
+    run(out_dir="out-a", max_iters=4)
+    again = configure(TrainConfig, ["out-a/config.py", "--out_dir=out-b"])
+    train.main(again)
+    assert log("out-a") == log("out-b")
+
+
+def test_wandb_is_told(tiny):
+    pytest.importorskip("wandb")
+    script("train.py", *arguments(wandb_log=True, wandb_project="p", wandb_run_name="r", max_iters=3), cwd=tiny,
+           env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    files = list(tiny.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 1
+    told = files[0].read_bytes()
+    assert all(word in told for word in (b"train/loss", b"val/loss", b"tokens_per_s", b"letters"))
+
+
+def test_without_wandb_it_says_what_to_install(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb, or set --wandb_log=False"):
+        run(wandb_log=True)
+
+
+# what it says
+
+def test_it_tells_what_the_run_is_before_the_first_step(tiny, capsys):
+    text = dict(dataset="tiny", vocab_size=50304)
+    run(max_iters=3, batch_size=3, gradient_accumulation_steps=2, **text)
+    told = capsys.readouterr().out
+    data = Dataset("data/tiny", "train", 16, 50304)
+    model = GPT(GPTConfig(**model_args(TrainConfig(**{**TINY, **text}))))
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters" in told
+    assert f"{data.n_tokens:,} tokens to train on in {data.n_documents} documents" in told
+    assert "96 tokens = 3 windows x 2 micro-batches x 16" in told
+    assert f"3 steps = 0.0 M tokens = {3 * 6 / data.n_windows:.2f} epochs" in told
+    assert "warning" not in told and told.index("epochs") < told.index("step 0: val loss")
+
+
+def test_it_warns_of_epochs_that_give_nothing(tiny, capsys):
+    n = Dataset("data/letters", "train", 16, 64).n_windows
+    run(max_iters=20 * n // 8, n_layer=1, n_head=1, n_embd=4, max_hours=1e-9)
+    told = capsys.readouterr().out
+    assert f"epochs: about 4 are nearly as good as new text" in told and f"--max_iters={4 * n // 8}" in told
+
+
+def test_the_missions_plan_is_what_it_is():
+    """64 M parameters and 175 epochs, if the file has 0.7 G tokens."""
+    cfg = configure(TrainConfig, [str(PROJECT / "config/train_fineweb_4070_one_shard.py")])
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**model_args(cfg)))
+
+    class Data:
+        folder, n_tokens, n_documents, block_size, n_windows = "data/fineweb", 703_000_000, 10**6, 1024, 703_000_000 // 1024
+    told = "\n".join(train.plan(cfg, model, Data, Data, 2400))
+    assert "64.0 M parameters, 37.8 M without embeddings (12 layers x 8 heads x 512)" in told
+    assert "491,520 tokens = 12 windows x 40 micro-batches x 1024" in told
+    assert "250,000 steps = 122.9 G tokens = 175 epochs" in told and "175 epochs: about 4 are nearly" in told
+
+
+def test_the_bar_shows_loss_rate_epoch_and_time_left(tiny):
+    """On a terminal, which a pseudo-terminal is."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import struct
+    import termios
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *arguments(max_iters=40)], cwd=tiny,
+                               stdout=follower, stderr=follower)
+    os.close(follower)
+    told = b""
+    while True:
+        try:
+            told += os.read(leader, 65536)
+        except OSError:
+            break
+    assert process.wait(timeout=60) == 0
+    last = [line for line in told.decode().split("\r") if "40/40" in line][-1]
+    assert all(word in last for word in ("100%", "loss=", "lr=", "tok/s=", "epoch=", "step/s")), last
+    assert "step 12: val loss" in told.decode()

@@ -1,0 +1,478 @@
+"""
+Train a GPT on a prepared dataset, on one GPU, on a CPU, or on several GPUs.
+
+    python train.py config/quickstart.py                    # a first GPT, on any computer
+    python train.py config/train_fineweb_4070_one_shard.py  # the real run, on one graphics card
+    python train.py config/train_fineweb_4070_one_shard.py --init_from=resume   # go on with it
+    torchrun --standalone --nproc_per_node=2 train.py config/train_gpt2.py      # several cards
+
+Ctrl-C finishes the step, saves and exits; a second one exits at once. `--help` lists every setting.
+"""
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import loader
+import prepare
+import runtime
+import tokenizer
+from configurator import run, write_config_file
+from model import GPT, GPTConfig, model_args
+
+
+@dataclass(frozen=True)
+class TrainConfig(GPTConfig):
+    # where it goes
+    out_dir: str = "out"                    # the run's ckpt.pt, best.pt, log.jsonl, config.py
+    eval_interval: int = 2000               # steps from one evaluation to the next
+    log_interval: int = 1                   # steps from one line of log.jsonl to the next
+    eval_iters: int = 200                   # always val's first eval_iters x batch_size windows
+    eval_only: bool = False                 # evaluate once and exit
+    always_save_checkpoint: bool = True     # save at every evaluation; False: when val improved
+    save_minutes: float = 10.0              # save ckpt.pt also when the last save is this old
+    max_hours: float = 0.0                  # save and stop then, to go on another day; 0 = no limit
+    init_from: str = "scratch"              # scratch, resume (from out_dir), gpt2, ..., or a folder
+    force: bool = False                     # start over in out_dir; resume on changed data or steps
+    # wandb
+    wandb_log: bool = False                 # also log to Weights & Biases
+    wandb_project: str = "owt"              # project there
+    wandb_run_name: str = "gpt2"            # name of the run there
+    # data
+    dataset: str = "openwebtext"            # folder under data/
+    gradient_accumulation_steps: int = 40   # micro-batches in a step, over all GPUs
+    batch_size: int = 12                    # windows in a micro-batch; what decides the memory
+    seed: int = 1337                        # of the weights, the data order and dropout
+    # model: block_size, n_layer, ... are GPTConfig's
+    bias: bool = False                      # in Linear and LayerNorm; False: a bit better, faster
+    # optimizer
+    learning_rate: float = 6e-4             # at the peak
+    max_iters: int = 600000                 # steps in all
+    weight_decay: float = 0.1               # on matrices, not on biases and norms
+    beta1: float = 0.9                      # AdamW's memory of the gradient
+    beta2: float = 0.95                     # AdamW's memory of its square
+    grad_clip: float = 1.0                  # clip gradients to this norm; 0 = never
+    decay_lr: bool = True                   # warm up and decay; False: learning_rate all the way
+    warmup_iters: int = 2000                # steps of warm-up
+    lr_decay_iters: int = 600000            # step at which min_lr is reached; usually max_iters
+    min_lr: float = 6e-5                    # learning rate at the end, usually a tenth of the peak
+    # machine
+    backend: str = "auto"                   # of torchrun: nccl (CUDA), gloo (else)
+    device: str = "auto"                    # cuda, cuda:1, mps, cpu; auto takes the best there is
+    dtype: str = "auto"                     # bfloat16, float16 (loss scaling), float32; auto: best
+    compile: bool = True                    # torch.compile: a minute at the start, much faster then
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_interval", "log_interval", "eval_iters",
+                     "gradient_accumulation_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
+            raise ValueError(f"lr_decay_iters = {self.lr_decay_iters} must come after "
+                             f"warmup_iters = {self.warmup_iters}, or set --decay_lr=False")
+
+
+# data
+
+def ensure_prepared(dataset, world):
+    """Prepare data/<dataset> if it is not, where there is one parquet file that it can mean."""
+    folder = prepare.DATA / dataset
+    if world.is_main and not (folder / "train.bin").exists():
+        source = prepare.find_parquet(dataset)
+        print(f"{folder} is not prepared yet: doing that first, from {source}")
+        command = [sys.executable, prepare.__file__, f"--dataset={dataset}"]
+        command += ["--sample"] if dataset == "sample" else [str(source)]
+        if subprocess.run(command).returncode:  # its own process: its workers need not load torch
+            sys.exit(1)
+    world.wait()
+    return folder
+
+
+# model
+
+def build_model(cfg, parts, folder):
+    """The GPT to train: from a checkpoint's `parts`, from pretrained weights, or new."""
+    if parts:
+        return checkpoint.load_model(parts, dropout=cfg.dropout)
+    if cfg.init_from == "scratch":
+        vocabulary = tokenizer.of_dataset(folder)
+        size = cfg.vocab_size if isinstance(vocabulary, tokenizer.GPT2Tokenizer) \
+            else vocabulary.n_vocab
+        return GPT(GPTConfig(**{**model_args(cfg), "vocab_size": size}))
+    run_to_start_from = checkpoint.in_folder(cfg.init_from)
+    if run_to_start_from:
+        model = checkpoint.load_model(checkpoint.load(run_to_start_from), dropout=cfg.dropout)
+    else:
+        model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
+    if cfg.block_size != model.config.block_size:
+        model.crop_block_size(cfg.block_size)
+    return model
+
+
+def load_resume(cfg, world):
+    """The newest checkpoint of out_dir to resume, None for a new run; refuses to lose work."""
+    newest = Path(cfg.out_dir) / checkpoint.NEWEST
+    if cfg.init_from != "resume":
+        if newest.exists() and not cfg.force and not cfg.eval_only:
+            at = checkpoint.load(newest)["iter_num"]
+            raise ValueError(f"{cfg.out_dir} holds a run at step {at:,}. "
+                             "--init_from=resume goes on with it, "
+                             "--out_dir=OTHER starts beside it, "
+                             "--force starts over and replaces it")
+        return None
+    parts = checkpoint.load(newest)
+    then = {**parts["model_args"], **parts.get("config", {})}   # what was asked for when it began
+    changed = [f"{k} is {then[k]} there and {v} here" for k, v in model_args(cfg).items()
+               if k not in ("dropout", "vocab_size") and then[k] != v]
+    if changed:
+        raise ValueError(f"cannot resume {newest}: {'; '.join(changed)}. "
+                         "Weights fit one shape only; give the settings of that run, "
+                         "or start another --out_dir")
+    return parts
+
+
+def check_continues(cfg, parts, data):
+    """Refuse to resume on other data, order or step size, which would break the run in silence."""
+    new = {"dataset": data.fingerprint, "seed": cfg.seed, "tokens_per_step": tokens_per_step(cfg)}
+    changed = [f"{k} is {parts[k]} there and {v} here" for k, v in new.items()
+               if k in parts and parts[k] != v]
+    if changed and not cfg.force:
+        raise ValueError(f"cannot resume {cfg.out_dir}: {'; '.join(changed)}. "
+                         "--force resumes all the same")
+
+
+def configure_optimizer(model, cfg, device):
+    """AdamW that decays matrices (2-D weights) and leaves biases and norms alone."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": decay, "weight_decay": cfg.weight_decay},
+         {"params": rest, "weight_decay": 0.0}],
+        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+        fused=device.type in ("cuda", "cpu", "mps"))
+
+
+def lr_at(step, cfg):
+    """Learning rate of step `step`: linear warm-up, then a cosine from learning_rate to min_lr."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    done = min((step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters), 1.0)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def tokens_per_step(cfg):
+    return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+
+
+# what the run is, before it starts
+
+def plan(cfg, model, data, val, n_val):
+    """Lines that say what this run really is."""
+    n, per_step = model.n_params(), tokens_per_step(cfg)
+    total = per_step * cfg.max_iters
+    epochs = total / (data.n_windows * data.block_size)
+    lines = [
+        f"model      {n['total'] / 1e6:,.1f} M parameters, "
+        f"{n['without_embeddings'] / 1e6:,.1f} M without embeddings "
+        f"({model.config.n_layer} layers x {model.config.n_head} heads x {model.config.n_embd})",
+        f"dataset    {data.folder}: {data.n_tokens:,} tokens to train on "
+        f"in {data.n_documents:,} documents; "
+        f"evaluated on {n_val * val.block_size:,} of {val.n_tokens:,}",
+        f"step       {per_step:,} tokens = {cfg.batch_size} windows "
+        f"x {cfg.gradient_accumulation_steps} micro-batches x {cfg.block_size}",
+        f"run        {cfg.max_iters:,} steps = {_count(total)} tokens = "
+        f"{epochs:,.{2 if epochs < 100 else 0}f} epochs",
+    ]
+    if epochs > 16:
+        four = 4 * data.n_windows // (cfg.batch_size * cfg.gradient_accumulation_steps)
+        lines.append(f"warning    {epochs:,.0f} epochs: about 4 are nearly as good as new text, "
+                     "and past about 16 another one adds next to nothing")
+        lines.append("           (Muennighoff et al. 2023). 4 epochs would be "
+                     f"--max_iters={max(four, 1)} --lr_decay_iters={max(four, 1)}")
+    return lines
+
+
+def _count(n):
+    return f"{n / 1e9:,.1f} G" if n >= 1e9 else f"{n / 1e6:,.1f} M"
+
+
+# while it runs
+
+def stop_requested():
+    """An event that the first SIGINT or SIGTERM sets; the second one kills the process at once."""
+    asked = threading.Event()
+
+    def on_signal(number, frame):
+        asked.set()
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        tqdm.write("\nstopping: finishing this step and saving (once more = stop at once)",
+                   file=sys.stderr)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, on_signal)
+    return asked
+
+
+@torch.no_grad()
+def evaluate(model, val, n_windows, cfg, world, autocast):
+    """Mean loss over the first `n_windows` of `val`, each target once, split over the ranks."""
+    model.eval()
+    B = cfg.batch_size
+    places = range(world.rank * B, max(n_windows, B * world.size), B * world.size)
+    losses, counts = [], []
+    for place, (idx, targets) in zip(places, loader.ahead(
+            lambda k: val.fixed_batch(k, B, n_windows), places, world.device), strict=True):
+        counts.append(min(max(n_windows - place, 0), B))
+        with autocast:
+            losses.append(model(idx, targets) if counts[-1]
+                          else torch.zeros((), device=world.device))
+    model.train()
+    losses, counts = torch.stack(losses).float(), torch.tensor(counts, device=world.device)
+    total = world.sum(torch.stack([(losses * counts).sum(), counts.sum()]))
+    return (total[0] / total[1]).item()
+
+
+class Log:
+    """log.jsonl of a run, from step `at` on: lines of later steps, of a killed run, are dropped."""
+
+    def __init__(self, path, at):
+        kept = []
+        if at is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    kept += [line] * (json.loads(line)["step"] <= at)
+                except ValueError:
+                    continue                # a line that was being written when the power went
+        beside = path.with_name(path.name + ".new")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        checkpoint.replace(beside, path)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, **entry):
+        self.file.write(json.dumps(entry) + "\n")
+
+
+def start_wandb(cfg, step):
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("wandb_log = True needs wandb: "
+                          "pip install wandb, or set --wandb_log=False") from None
+    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg),
+                      resume="allow" if step else None)
+
+
+def main(cfg):
+    # where am I
+    world = runtime.start(cfg.device, cfg.backend)
+    device, out_dir = world.device, Path(cfg.out_dir)
+    say = (lambda text: tqdm.write(text, file=sys.stdout)) if world.is_main else lambda text: None
+    dtype = runtime.pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    if cfg.gradient_accumulation_steps % world.size:
+        nearest = max(cfg.gradient_accumulation_steps // world.size, 1) * world.size
+        raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} is not "
+                         f"a multiple of the {world.size} processes. Nearest that works: {nearest}")
+
+    # data, model, and whether they fit together and go on with what was
+    parts = load_resume(cfg, world)
+    folder = ensure_prepared(cfg.dataset, world)
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg, parts, folder)
+    data = loader.Dataset(folder, "train", cfg.block_size, model.config.vocab_size, cfg.seed)
+    val = loader.Dataset(folder, "val", cfg.block_size, model.config.vocab_size)
+    n_val = min(cfg.eval_iters * cfg.batch_size, val.n_windows)
+    model.to(device)
+
+    # optimizer, and the state of a run that goes on
+    optimizer = configure_optimizer(model, cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    step, best_val_loss, hours_before = 0, float("inf"), 0.0
+    torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
+    if parts:
+        check_continues(cfg, parts, data)
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(parts["optimizer"])
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)              # today's settings, not those of the checkpoint
+        step, best_val_loss = parts["iter_num"], float(parts["best_val_loss"])
+        hours_before = parts.get("hours", 0.0)
+        if scaler.is_enabled() and parts.get("scaler"):
+            scaler.load_state_dict(parts["scaler"])
+        if world.rank < len(parts.get("rng", [])):
+            runtime.set_rng_state(parts["rng"][world.rank], device)
+        parts = None                            # 12 bytes per parameter that nobody needs any more
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    say(f"machine    {runtime.device_name(device)} x {world.size}, "
+        f"{str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
+    for line in plan(cfg, model, data, val, n_val):
+        say(line)
+    say(f"output     {out_dir}" + (f", going on from step {step:,}" if step else ""))
+
+    if cfg.compile:
+        obstacle = runtime.compile_obstacle(device)
+        if obstacle:
+            say(f"torch.compile cannot work here, going on without it (slower): {obstacle}")
+        else:
+            say("compiling the model (about a minute; kept in .cache/ for the next start)")
+            model.compile(dynamic=False)
+    forward = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+
+    # logging
+    log = wandb = None
+    if world.is_main and not cfg.eval_only:
+        write_config_file(out_dir / "config.py", cfg)
+        log = Log(out_dir / "log.jsonl", step if cfg.init_from == "resume" else None)
+        log.write(step=step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
+                  dataset=data.fingerprint, device=runtime.device_name(device), dtype=str(dtype),
+                  world_size=world.size, tokens_per_step=tokens_per_step(cfg),
+                  tokens_per_epoch=data.n_windows * data.block_size, parameters=model.n_params(),
+                  versions=runtime.versions(), config=asdict(cfg))
+        wandb = start_wandb(cfg, step) if cfg.wandb_log else None
+    peak_flops = runtime.peak_flops(device, dtype)
+
+    def save():
+        rng = world.gather(runtime.rng_state(device))
+        if world.is_main:
+            checkpoint.save({
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model_args": asdict(model.config), "iter_num": step,
+                "best_val_loss": best_val_loss, "config": asdict(cfg),
+                "scaler": scaler.state_dict(), "rng": rng,
+                "dataset": data.fingerprint, "seed": cfg.seed,
+                "tokens_per_step": tokens_per_step(cfg),
+                "hours": hours(), "versions": runtime.versions()}, out_dir / checkpoint.NEWEST)
+
+    def hours():
+        return hours_before + (time.time() - began) / 3600
+
+    # the loop
+    stop = stop_requested()
+    B, micro_steps = cfg.batch_size, cfg.gradient_accumulation_steps // world.size
+    windows_per_step = B * cfg.gradient_accumulation_steps
+    micro_batches = loader.ahead(
+        lambda place: data.training_batch(place, B),
+        (s * windows_per_step + (m * world.size + world.rank) * B
+         for s in range(step, cfg.max_iters) for m in range(micro_steps)), device)
+    began = saved_at = time.time()
+    step_at_start, seconds, steps_timed = step, 0.0, 0
+    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
+               disable=None if world.is_main and not cfg.eval_only else True)
+
+    while True:
+        # evaluate, save, stop; a checkpoint that is resumed was evaluated before it was saved
+        last, trained, improved, worth_saving = step >= cfg.max_iters, step > step_at_start, False, False
+        if cfg.eval_only or (trained or step == 0) and (last or step % cfg.eval_interval == 0):
+            val_loss = evaluate(model, val, n_val, cfg, world, autocast)
+            say(f"step {step:,}: val loss {val_loss:.4f}")
+            if cfg.eval_only:
+                break
+            improved = val_loss < best_val_loss
+            worth_saving = improved or cfg.always_save_checkpoint
+            best_val_loss = min(best_val_loss, val_loss)
+            if world.is_main:
+                log.write(step=step, val_loss=val_loss, hours=hours())
+                if wandb:
+                    wandb.log({"iter": step, "val/loss": val_loss}, step=step)
+        out_of_time = trained and cfg.max_hours and time.time() - began > cfg.max_hours * 3600
+        ending = world.any(last or stop.is_set() or out_of_time)
+        overdue = time.time() - saved_at > cfg.save_minutes * 60
+        if trained and world.any(worth_saving or ending or overdue):
+            save()
+            saved_at = time.time()
+            if improved and world.is_main:
+                checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.BEST)
+        if ending:
+            break
+
+        # one step
+        t0 = time.time()
+        lr = lr_at(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_loss = torch.zeros((), device=device)
+        for m in range(micro_steps):
+            idx, targets = next(micro_batches)
+            if world.size > 1:
+                forward.require_backward_grad_sync = m == micro_steps - 1
+            with autocast:
+                loss = forward(idx, targets) / micro_steps
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        step_loss = world.sum(step_loss / world.size)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        # the one wait for the device in a step:
+        # no update may follow a loss or gradient that is not a number
+        loss_value, norm_value = torch.stack([step_loss, grad_norm]).tolist()
+        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaler.is_enabled()):
+            bar.close()
+            kept = f"{out_dir / checkpoint.NEWEST} is as it was saved before" \
+                if (out_dir / checkpoint.NEWEST).exists() else "nothing was saved yet"
+            raise ValueError(f"step {step + 1:,}: the loss is {loss_value} and the gradient's "
+                             f"norm {norm_value}, so the run stops before the update; {kept}. "
+                             f"A lower learning_rate than {cfg.learning_rate:g}, a longer "
+                             "warmup_iters or dtype=float32 usually helps")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # tell; the first step of a process compiles, so its time says nothing
+        if step > step_at_start + 1:
+            seconds, steps_timed = seconds + time.time() - t0, steps_timed + 1
+        epoch = step * windows_per_step / data.n_windows
+        rate = steps_timed * tokens_per_step(cfg) / seconds if seconds else None
+        mfu = rate * model.flops_per_token() / peak_flops / world.size \
+            if rate and peak_flops else None
+        shown = {"loss": f"{loss_value:.3f}", "lr": f"{lr:.1e}",
+                 "tok/s": f"{rate:,.0f}" if rate else "-",
+                 "mfu": f"{mfu:.0%}" if mfu else "-", "epoch": f"{epoch:.2f}"}
+        bar.set_postfix(shown, refresh=False)
+        if step == step_at_start + 1:
+            bar.n = bar.last_print_n = bar.initial = step       # the bar's clock starts here
+            bar.unpause()
+        else:
+            bar.update()
+        if world.is_main and (step % cfg.log_interval == 0 or step == 1):
+            log.write(step=step, tokens=step * tokens_per_step(cfg), epoch=epoch,
+                      train_loss=loss_value, lr=lr, grad_norm=norm_value,
+                      tokens_per_s=rate, mfu=mfu, hours=hours())
+            if wandb:
+                wandb.log({"iter": step, "train/loss": loss_value, "lr": lr,
+                           "tokens_per_s": rate, "mfu": mfu}, step=step)
+            if bar.disable:
+                left = (cfg.max_iters - step) * seconds / steps_timed if steps_timed else None
+                say(f"step {step:,}/{cfg.max_iters:,}: "
+                    + ", ".join(f"{k} {v}" for k, v in shown.items())
+                    + (f", {tqdm.format_interval(left)} left" if left else ""))
+            seconds, steps_timed = 0.0, 0
+
+    bar.close()
+    if not cfg.eval_only:
+        why = "finished" if last else "max_hours are over" if out_of_time else "stopped on request"
+        say(f"{why} at step {step:,} after {hours():.2f} hours, best val loss {best_val_loss:.4f}. "
+            + (f"`python sample.py --out_dir={out_dir}` samples from it" if last
+               else "--init_from=resume goes on"))
+    if wandb:
+        wandb.finish()
+    world.close()
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig, __doc__)
