@@ -76,21 +76,26 @@ class PrepareConfig:
 
 
 def find_parquet(dataset):
-    """The one parquet file that `dataset` can mean: in its folder or, for 'fineweb', under data/.
+    """The one parquet file that `dataset` can mean: in data/<dataset>/, or for 'fineweb' where our
+    user puts it, else anywhere under data/.
 
     Raises ValueError where there is none or more than one.
     """
     if dataset == "sample":
         return SAMPLE
-    where = DATA if dataset == "fineweb" else DATA / dataset
-    found = sorted(p for p in where.rglob("*.parquet") if p != SAMPLE and ".cache" not in p.parts)
+    places = [DATA / dataset]
+    if dataset == "fineweb":
+        places = [FINEWEB.parent, DATA / dataset, DATA]
+    found = []
+    for place in places:
+        found = found or sorted(p for p in place.rglob("*.parquet") if p != SAMPLE)
     if not found:
-        raise ValueError(f"there is no parquet file under {where.resolve()}. Move yours to "
-                         f"{FINEWEB if dataset == 'fineweb' else where / 'FILE.parquet'}, "
+        raise ValueError(f"there is no parquet file under {places[-1].resolve()}. Move yours to "
+                         f"{FINEWEB if dataset == 'fineweb' else DATA / dataset / 'FILE.parquet'}, "
                          "or name it (`python prepare.py FILE --dataset=NAME`), "
                          "or fetch FineWeb's (`python prepare.py --download`)")
     if len(found) > 1:
-        raise ValueError(f"there are {len(found)} parquet files under {where}: "
+        raise ValueError(f"there are {len(found)} parquet files that {dataset} can mean: "
                          f"{', '.join(map(str, found[:5]))}. "
                          f"Name those to use: `python prepare.py {found[0]} --dataset={dataset}`")
     return found[0]
@@ -109,10 +114,10 @@ def download():
                      repo_type="dataset")
     try:
         about = get_hf_file_metadata(url)
-    except Exception as error:          # of several libraries: no network, no such host, the hub is down
+    except Exception as error:          # of several libraries: no network, or the hub is down
         raise OSError(f"the hub does not answer for {url}: {error}") from None
     FINEWEB.parent.mkdir(parents=True, exist_ok=True)
-    part = FINEWEB.with_name(f"{FINEWEB.name}.{about.etag[:16]}.part")      # of this version of the file
+    part = FINEWEB.with_name(f"{FINEWEB.name}.{about.etag[:16]}.part")  # of this version of it
     with open(part, "ab") as f, bar(about.size, "B") as progress:
         progress.update(f.tell())
         failures = 0
@@ -133,8 +138,8 @@ def download():
             time.sleep(2 ** failures - 1)
         size = f.tell()
     if size != about.size:
-        raise OSError(f"the download stopped at {size:,} of {about.size:,} bytes. The same command goes on from "
-                      "there")
+        raise OSError(f"the download stopped at {size:,} of {about.size:,} bytes. "
+                      "The same command goes on from there")
     if len(about.etag) == 64 and sha256(part) != about.etag:
         part.unlink()
         raise OSError(f"what came from {url} is not the file (its checksum differs); try again")
@@ -488,7 +493,8 @@ def report(folder, meta, seconds):
                    sum(s["tokens"] - s["documents"] for s in splits))
     print(f"{folder}: {summary(meta)} in {seconds:.1f} s ({mb / seconds:.1f} MB/s)")
     if meta["skipped"]:
-        print("left out: " + ", ".join(f"{n:,} documents {why}" for why, n in meta["skipped"].items()))
+        print("left out: " + ", ".join(f"{n:,} documents {why}"
+                                       for why, n in meta["skipped"].items()))
     if told is not None and "in both splits" not in meta["skipped"]:
         same = "the same as" if told == counted else f"{counted - told:+,} against"
         print(f"{counted:,} tokens of text, {same} the sum of the files' token_count column")

@@ -88,9 +88,11 @@ class TrainConfig(GPTConfig):
 def ensure_prepared(dataset, world):
     """Prepare data/<dataset> if it is not, where there is one parquet file that it can mean."""
     folder = prepare.DATA / dataset
+    if world.is_main and (folder / loader.UNFINISHED).exists():
+        prepare.commit(folder)              # its files are whole, a kill came between their renames
     if world.is_main and not (folder / "train.bin").exists():
         source = prepare.find_parquet(dataset)
-        print(f"{folder} is not prepared yet: doing that first, from {source}")
+        print(f"{folder} is not prepared yet: doing that first, from {source}", flush=True)
         command = [sys.executable, prepare.__file__, f"--dataset={dataset}"]
         command += ["--sample"] if dataset == "sample" else [str(source)]
         if subprocess.run(command).returncode:  # its own process: its workers need not load torch
@@ -324,18 +326,12 @@ def main(cfg):
         say(line)
     say(f"output     {out_dir}" + (f", going on from step {step:,}" if step else ""))
 
-    if cfg.compile:
-        obstacle = runtime.compile_obstacle(device)
-        if obstacle:
-            say(f"torch.compile cannot work here, going on without it (slower): {obstacle}")
-        else:
-            say("compiling the model (about a minute; kept in .cache/ for the next start)")
-            model.compile(dynamic=False)
-    forward = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
-
     # logging
     log = wandb = None
     if world.is_main and not cfg.eval_only:
+        if cfg.init_from != "resume":           # an older run is only here if --force gave it up
+            for name in (checkpoint.NEWEST, checkpoint.BEST):
+                (out_dir / name).unlink(missing_ok=True)
         write_config_file(out_dir / "config.py", cfg)
         log = Log(out_dir / "log.jsonl", step if cfg.init_from == "resume" else None)
         log.write(step=step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -344,6 +340,17 @@ def main(cfg):
                   tokens_per_epoch=data.n_windows * data.block_size, parameters=model.n_params(),
                   versions=runtime.versions(), config=asdict(cfg))
         wandb = start_wandb(cfg, step) if cfg.wandb_log else None
+
+    if cfg.compile:
+        obstacle = runtime.compile_obstacle(device)
+        if obstacle:
+            say(f"torch.compile cannot work here, going on without it (slower): {obstacle}")
+        else:
+            say("compiling the model (about a minute; kept in .cache/ for the next start)")
+            model.compile(dynamic=False)
+    forward = model if world.size == 1 else DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
     peak_flops = runtime.peak_flops(device, dtype)
 
     def save():
@@ -376,7 +383,8 @@ def main(cfg):
 
     while True:
         # evaluate, save, stop; a checkpoint that is resumed was evaluated before it was saved
-        last, trained, improved, worth_saving = step >= cfg.max_iters, step > step_at_start, False, False
+        last, trained = step >= cfg.max_iters, step > step_at_start
+        improved = worth_saving = False
         if cfg.eval_only or (trained or step == 0) and (last or step % cfg.eval_interval == 0):
             val_loss = evaluate(model, val, n_val, cfg, world, autocast)
             say(f"step {step:,}: val loss {val_loss:.4f}")

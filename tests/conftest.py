@@ -1,4 +1,4 @@
-"""What the tests share: a folder to work in, documents, parquet files, tiny datasets and scripts."""
+"""What the tests share: a folder to work in, documents, parquet files, small datasets, scripts."""
 import os
 import random
 import subprocess
@@ -12,12 +12,15 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # the models here are tiny; more threads only wait
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # the models are tiny; more threads only wait
 
-WORDS = """the of and a to in is that it was for on are as with his they at be this from have or by one had
-not but what all were when we there can an your which their said if do will each about how up out them then
-she many some so these would other into has more her two like him see time could no make than first been its
-naïve Zürich 東京 Привет 🙂 don't we'll 3.14 1,024 <|endoftext|> \n \n\n \t""".split(" ")
+WORDS = (
+    "the of and a to in is that it was for on are as with his they at be this from have or by "
+    "one had\nnot but what all were when we there can an your which their said if do will each "
+    "about how up out them then\nshe many some so these would other into has more her two like "
+    "him see time could no make than first been its\nnaïve Zürich 東京 Привет 🙂 don't we'll "
+    "3.14 1,024 <|endoftext|> \n \n\n \t"
+).split(" ")
 
 
 def documents(n, seed=0, longest=120):
@@ -45,8 +48,9 @@ def write_nanogpt(folder, train, val=None):
 
 def script(name, *args, cwd, check=True, env=None, **options):
     """Run a script of the project in `cwd` as a user does; returns the finished process."""
-    done = subprocess.run([sys.executable, str(PROJECT / name), *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, **(env or {})}, **options)
+    done = subprocess.run([sys.executable, str(PROJECT / name), *map(str, args)], cwd=cwd,
+                          text=True, capture_output=True, env={**os.environ, **(env or {})},
+                          **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -69,7 +73,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def tiny(work, prepared):
-    """A folder to stand in that has data/tiny/ and data/letters/, 5,000 ids below 64 that can be learned."""
+    """Stand in a folder with data/tiny/ and data/letters/, 5,000 learnable ids below 64."""
     (work / "data").mkdir()
     (work / "data" / "tiny").symlink_to(prepared / "data" / "tiny")
     steps = np.random.default_rng(0).integers(1, 4, 5000)

@@ -12,13 +12,15 @@ SHAPE = dict(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropou
 
 def parts(seed=0, **more):
     torch.manual_seed(seed)
-    return {"model": GPT(GPTConfig(**SHAPE)).state_dict(), "model_args": dict(SHAPE), "iter_num": 7, **more}
+    return {"model": GPT(GPTConfig(**SHAPE)).state_dict(), "model_args": dict(SHAPE),
+            "iter_num": 7, **more}
 
 
 def test_what_is_saved_comes_back(work):
     checkpoint.save(parts(), "ckpt.pt")
     model = checkpoint.load_model(checkpoint.load("ckpt.pt"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), parts()["model"].values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(
+        model.state_dict().values(), parts()["model"].values(), strict=True))
     assert os.listdir() == ["ckpt.pt"]
 
 
@@ -29,10 +31,12 @@ def test_a_save_that_dies_leaves_the_old_file(work, monkeypatch, moment):
 
     def die_half_way(what, path):
         path.write_bytes(b"half of a checkpoint")
-        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+        raise RuntimeError("[enforce fail at inline_container.cc] . "
+                           "PytorchStreamWriter failed writing file")
     if moment == "while writing":
         monkeypatch.setattr(torch, "save", die_half_way)
-        with pytest.raises(OSError, match=r"could not write ckpt.pt \(.* GiB free\).*What was there before is unchanged"):
+        with pytest.raises(OSError, match=r"could not write ckpt.pt \(.* GiB free\)"
+                                          r".*What was there before is unchanged"):
             checkpoint.save(parts(1), "ckpt.pt")
         assert os.listdir() == ["ckpt.pt"]
     else:
@@ -52,18 +56,22 @@ def test_a_file_that_is_held_open_elsewhere_is_tried_again(work, monkeypatch):
         real(a, b)
     monkeypatch.setattr(os, "replace", replace)
     checkpoint.save(parts(1), "ckpt.pt")
-    assert torch.equal(checkpoint.load("ckpt.pt")["model"]["lm_head.weight"], parts(1)["model"]["lm_head.weight"])
+    assert torch.equal(checkpoint.load("ckpt.pt")["model"]["lm_head.weight"],
+                       parts(1)["model"]["lm_head.weight"])
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_best_checkpoint_stays_when_the_newest_is_replaced(work, monkeypatch, links):
     if not links:
-        monkeypatch.setattr(os, "link", lambda a, b: (_ for _ in ()).throw(OSError("no links on this disk")))
+        monkeypatch.setattr(
+            os, "link", lambda a, b: (_ for _ in ()).throw(OSError("no links on this disk")))
     checkpoint.save(parts(1), "ckpt.pt")
     checkpoint.copy("ckpt.pt", "best.pt")
     checkpoint.save(parts(2), "ckpt.pt")
-    assert torch.equal(checkpoint.load("best.pt")["model"]["lm_head.weight"], parts(1)["model"]["lm_head.weight"])
-    assert torch.equal(checkpoint.load("ckpt.pt")["model"]["lm_head.weight"], parts(2)["model"]["lm_head.weight"])
+    assert torch.equal(checkpoint.load("best.pt")["model"]["lm_head.weight"],
+                       parts(1)["model"]["lm_head.weight"])
+    assert torch.equal(checkpoint.load("ckpt.pt")["model"]["lm_head.weight"],
+                       parts(2)["model"]["lm_head.weight"])
 
 
 def test_a_checkpoint_of_nanogpts_compiled_model_reads(work):
@@ -112,4 +120,5 @@ def test_the_newest_run_is_found(work):
     checkpoint.copy("out/run/ckpt.pt", "out/run/best.pt")
     os.utime(work / "out/run/best.pt", (time.time() + 60, time.time() + 60))
     assert checkpoint.newest_run() == checkpoint.Path("out/run")
-    assert checkpoint.in_folder("out/run").name == "best.pt" and checkpoint.in_folder("out-a").name == "ckpt.pt"
+    assert (checkpoint.in_folder("out/run").name == "best.pt"
+            and checkpoint.in_folder("out-a").name == "ckpt.pt")

@@ -10,7 +10,7 @@ from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
 
-# nanoGPT's train.py: every setting and its default (device, dtype and backend are found out by ours)
+# nanoGPT's train.py: every setting and its default (device, dtype and backend: found out by ours)
 NANOGPT = dict(
     out_dir="out", eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
     always_save_checkpoint=True, init_from="scratch", wandb_log=False, wandb_project="owt",
@@ -84,7 +84,8 @@ def test_the_result_cannot_be_changed():
     ("--batch_size=1.5", "batch_size is of type int, not float"),
     ("--compile=maybe", "compile is True or False"),
     ("--batch_size=0", "batch_size = 0 must be at least 1"),
-    ("--n_head=7", "n_embd = 768 does not divide into n_head = 7 heads. Nearest that works: n_embd = 763"),
+    ("--n_head=7",
+     "n_embd = 768 does not divide into n_head = 7 heads. Nearest that works: n_embd = 763"),
     ("--dropout=1.5", "dropout = 1.5 is a probability"),
     ("--warmup_iters=600000", "lr_decay_iters = 600000 must come after warmup_iters = 600000"),
     ("config/nothing.py", "config/nothing.py: there is no such config file"),
@@ -97,7 +98,8 @@ def test_a_mistake_on_the_command_line_is_named(argument, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("batch_sise = 3", "c.py: batch_sise = 3: no setting is called batch_sise; did you mean batch_size?"),
+    ("batch_sise = 3",
+     "c.py: batch_sise = 3: no setting is called batch_sise; did you mean batch_size?"),
     ("batch_size = '3'", "c.py: batch_size = '3': batch_size is of type int, not str"),
     ("compile = 1", "compile is of type bool, not int"),
     ("batch_size = True", "batch_size is of type int, not bool"),
@@ -116,7 +118,8 @@ def test_positional_arguments_that_are_no_config_are_files():
 
 
 def test_a_written_config_gives_the_same_settings_again(work):
-    cfg = configure(TrainConfig, ["--batch_size=3", "--out_dir=it's \"here\"", "--learning_rate=1e-5"])
+    cfg = configure(TrainConfig, ["--batch_size=3", "--out_dir=it's \"here\"",
+                                  "--learning_rate=1e-5"])
     write_config_file("again.py", cfg)
     assert configure(TrainConfig, ["again.py"]) == cfg
 
@@ -125,7 +128,8 @@ def test_a_written_config_gives_the_same_settings_again(work):
                                        ("sample.py", SampleConfig)])
 def test_help_lists_every_setting_with_its_reason(work, name, cls):
     told = " ".join(script(name, "--help", cwd=work, env={"COLUMNS": "200"}).stdout.split())
-    source = (PROJECT / name).read_text(encoding="utf-8") + (PROJECT / "model.py").read_text(encoding="utf-8")
+    source = ((PROJECT / name).read_text(encoding="utf-8")
+              + (PROJECT / "model.py").read_text(encoding="utf-8"))
     for f in fields(cls):
         if f.name == "files":
             continue

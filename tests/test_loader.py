@@ -10,7 +10,7 @@ from loader import END_OF_TEXT, Dataset
 
 
 def make(folder, lengths, seed=0):
-    """A nanoGPT folder whose documents have these lengths (with their 50256); no two tokens are equal."""
+    """A nanoGPT folder whose documents have these lengths (with their 50256); no token repeats."""
     ids = np.arange(1, sum(lengths) + 1, dtype=np.uint16)
     ids[np.cumsum([0, *lengths[:-1]])] = END_OF_TEXT
     write_nanogpt(folder, ids)
@@ -18,9 +18,10 @@ def make(folder, lengths, seed=0):
 
 
 def naive_epoch(data, epoch):
-    """The stream of an epoch by the letter: documents in their order, laid end to end, entered somewhere."""
+    """The stream of an epoch by the letter: documents in order, end to end, entered somewhere."""
     order, _, entry = data._epoch(epoch)
-    stream = np.concatenate([data.tokens[int(data.starts[d]):int(data.starts[d + 1])] for d in order])
+    stream = np.concatenate([data.tokens[int(data.starts[d]):int(data.starts[d + 1])]
+                             for d in order])
     return np.roll(stream, -entry)
 
 
@@ -33,11 +34,13 @@ def test_every_token_is_a_target_once_an_epoch(work, lengths, block_size, epoch)
     data = Dataset(work / "d", "train", block_size, 50304, seed=3)
     windows = [data.sample(i) for i in range(epoch * data.n_windows, (epoch + 1) * data.n_windows)]
     targets = np.concatenate([w[1:] for w in windows])
-    # the token that the ring is entered at, and the tail that fills no window, are all that is missing
+    # the token that the ring is entered at, and the tail that fills no window, are all that is
+    # missing
     assert len(targets) == data.n_windows * block_size and len(ids) - len(targets) <= block_size
     stream = naive_epoch(data, epoch)
     assert sorted(targets.tolist()) == sorted(stream[1:1 + len(targets)].tolist())
-    # and each window is a piece of that stream, the next one beginning with the last token of the one before
+    # and each window is a piece of that stream, the next one beginning with the last token of the
+    # one before
     cut = [stream[k * block_size:(k + 1) * block_size + 1].tolist() for k in range(data.n_windows)]
     assert sorted(cut) == sorted(w.tolist() for w in windows)
 
@@ -90,16 +93,18 @@ def test_fixed_windows_are_the_file_from_first_to_last(work):
     assert data.n_windows == 10
     idx, targets = data.fixed_batch(0, 10, 10)
     assert np.array_equal(idx.flatten(), ids[:80]) and np.array_equal(targets.flatten(), ids[1:81])
-    _, padded = data.fixed_batch(8, 4, 10)                  # a last batch keeps its shape and counts nothing twice
+    # a last batch keeps its shape and counts nothing twice
+    _, padded = data.fixed_batch(8, 4, 10)
     assert np.array_equal(padded[:2].flatten(), ids[65:81]) and (padded[2:] == -1).all()
 
 
 def test_documents_of_a_folder_without_index_lie_between_end_of_text_tokens(work, monkeypatch):
-    monkeypatch.setattr(loader, "CHUNK", 7)                 # so that documents cross what is read at a time
+    monkeypatch.setattr(loader, "CHUNK", 7)         # so that documents cross what is read at a time
     make(work / "d", [5, 1, 20, 3])
     data = Dataset(work / "d", "train", 4, 50304)
     assert np.diff(data.starts).tolist() == [5, 1, 20, 3]
-    write_nanogpt(work / "openwebtext", [1, 2, END_OF_TEXT, 3, 4, 5, END_OF_TEXT])      # nanoGPT's puts it behind
+    # nanoGPT's puts it behind
+    write_nanogpt(work / "openwebtext", [1, 2, END_OF_TEXT, 3, 4, 5, END_OF_TEXT])
     assert np.diff(Dataset(work / "openwebtext", "train", 4, 50304).starts).tolist() == [2, 4, 1]
     write_nanogpt(work / "characters", np.arange(64))
     assert Dataset(work / "characters", "train", 4, 65).n_documents == 1
@@ -119,7 +124,7 @@ def test_batches_are_read_ahead_in_order(work):
     read = lambda place: (seen.append(place), (torch.tensor([place]),))[1]      # noqa: E731
     got = loader.ahead(read, range(5), torch.device("cpu"))
     assert next(got)[0].item() == 0
-    assert seen == [0, 1] or seen == [0]                    # the second was asked for before the first was used
+    assert seen == [0, 1] or seen == [0]    # the second was asked for before the first was used
     assert [t.item() for (t,) in got] == [1, 2, 3, 4] and seen == [0, 1, 2, 3, 4]
 
 
@@ -151,13 +156,17 @@ def test_a_dataset_that_is_not_prepared(work):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-200]), "bytes where meta.json says"),
-    (lambda d: (d / "train.bin").write_bytes(bytes(len((d / "train.bin").read_bytes()))), "its checksum is not the one"),
-    (lambda d: (d / "train.idx").write_bytes(bytes(len((d / "train.idx").read_bytes()))), "its checksum is not the one"),
+    (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-200]),
+     "bytes where meta.json says"),
+    (lambda d: (d / "train.bin").write_bytes(bytes(len((d / "train.bin").read_bytes()))),
+     "its checksum is not the one"),
+    (lambda d: (d / "train.idx").write_bytes(bytes(len((d / "train.idx").read_bytes()))),
+     "its checksum is not the one"),
     (lambda d: (d / "train.bin").write_bytes(b"abc"), "odd number of bytes"),
     (lambda d: (d / "train.bin").write_bytes(b""), "train.bin is empty"),
     (lambda d: (d / "meta.json").write_text("{"), "is not JSON"),
-    (lambda d: (d / "meta.json").write_text(json.dumps({"format": 99})), "has format 99, this version reads 1"),
+    (lambda d: (d / "meta.json").write_text(json.dumps({"format": 99})),
+     "has format 99, this version reads 1"),
     (lambda d: (d / "meta.json.new").write_text("{}"), "run `python prepare.py` once more"),
 ])
 def test_files_that_disagree_are_refused(tiny, change, words):
@@ -166,7 +175,8 @@ def test_files_that_disagree_are_refused(tiny, change, words):
 
 def test_a_missing_index_is_refused(tiny):
     folder = copy_of(tiny, lambda d: (d / "train.idx").unlink())
-    refused("train.idx does not exist, but meta.json lists it", folder, "train", 8, 50304, kind=FileNotFoundError)
+    refused("train.idx does not exist, but meta.json lists it",
+            folder, "train", 8, 50304, kind=FileNotFoundError)
 
 
 def test_fewer_tokens_than_a_window_are_refused(work):
@@ -177,4 +187,5 @@ def test_fewer_tokens_than_a_window_are_refused(work):
 
 def test_ids_beyond_the_models_vocabulary_are_refused(work):
     write_nanogpt(work / "d", np.arange(200))
-    refused("holds token 199, but the model has vocab_size = 100; --vocab_size=256", work / "d", "train", 8, 100)
+    refused("holds token 199, but the model has vocab_size = 100; --vocab_size=256",
+            work / "d", "train", 8, 100)

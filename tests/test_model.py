@@ -23,7 +23,8 @@ def hf_twin(model):
     transformers = pytest.importorskip("transformers")
     c = model.config
     twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        vocab_size=c.vocab_size, n_positions=c.block_size,
+        n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function="gelu", attn_implementation="eager")).eval()
     ours, theirs = model.state_dict(), twin.state_dict()
     for key, w in theirs.items():
@@ -53,7 +54,8 @@ def test_weights_read_back_from_a_folder_of_transformers(work):
     hf_twin(model).save_pretrained("hf")
     again = GPT.from_pretrained("hf").eval()
     assert again.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_a_folder_that_is_no_gpt2_is_refused(work):
@@ -71,7 +73,8 @@ def test_a_token_sees_its_past_and_never_its_future():
     changed = idx.clone()
     changed[0, 20:] = 7
     a, b = model(idx), model(changed)
-    assert torch.allclose(a[:, :20], b[:, :20], atol=1e-6) and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-3)
+    assert (torch.allclose(a[:, :20], b[:, :20], atol=1e-6)
+            and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-3))
 
 
 def test_targets_of_minus_one_do_not_count():
@@ -135,13 +138,15 @@ def test_dropout_acts_in_training_only():
     ("mission", 64.0e6, 37.8e6), (dict(n_head=12, n_embd=768), 124.3e6, 84.9e6)])
 def test_parameters_are_counted_as_they_are(shape, total, without):
     if shape == "mission":
-        shape = model_args(configure(TrainConfig, [str(PROJECT / "config" / "train_fineweb_4070_one_shard.py")]))
+        shape = model_args(configure(
+            TrainConfig, [str(PROJECT / "config" / "train_fineweb_4070_one_shard.py")]))
     with torch.device("meta"):
         model = GPT(GPTConfig(**{**shape, "bias": False}))
     n, c = model.n_params(), model.config
     blocks = c.n_layer * (12 * c.n_embd ** 2 + 2 * c.n_embd) + c.n_embd
     assert n["without_embeddings"] == blocks == pytest.approx(without, rel=0.002)
-    assert n["total"] == blocks + (c.vocab_size + c.block_size) * c.n_embd == pytest.approx(total, rel=0.002)
+    assert (n["total"] == blocks + (c.vocab_size + c.block_size) * c.n_embd
+            == pytest.approx(total, rel=0.002))
 
 
 def test_flops_per_token_are_those_that_torch_counts():
@@ -153,7 +158,8 @@ def test_flops_per_token_are_those_that_torch_counts():
     c = model.config
     counted = counter.get_total_flops() / idx.numel()
     # torch counts attention over all T, ours over the T / 2 that a token can see on average
-    assert model.flops_per_token() + 6 * c.n_layer * c.n_embd * c.block_size == pytest.approx(counted, rel=1e-6)
+    assert (model.flops_per_token() + 6 * c.n_layer * c.n_embd * c.block_size
+            == pytest.approx(counted, rel=1e-6))
 
 
 def test_cropping_forgets_positions_only():

@@ -30,7 +30,8 @@ def run_prepare(*args, **settings):
 
 def texts(folder, split):
     """The documents of a prepared split, decoded."""
-    tokens, starts = np.fromfile(folder / f"{split}.bin", np.uint16), np.fromfile(folder / f"{split}.idx", np.uint64)
+    tokens, starts = (np.fromfile(folder / f"{split}.bin", np.uint16),
+                      np.fromfile(folder / f"{split}.idx", np.uint64))
     assert starts[0] == 0 and starts[-1] == len(tokens)
     pieces = [tokens[int(a):int(b)] for a, b in zip(starts[:-1], starts[1:], strict=True)]
     assert all(p[0] == END_OF_TEXT and END_OF_TEXT not in p[1:] for p in pieces)
@@ -47,7 +48,8 @@ def test_every_document_comes_back_in_order_on_one_side(work):
     run_prepare("a.parquet", dataset="a", val_fraction=0.1)
     train, val = (texts(work / "data/a", split) for split in ("train", "val"))
     assert sorted(train + val) == sorted(docs) and 30 < len(val) < 120
-    assert train == [d for d in docs if d in set(train)] and val == [d for d in docs if d in set(val)]
+    assert (train == [d for d in docs if d in set(train)]
+            and val == [d for d in docs if d in set(val)])
 
 
 def test_the_files_can_be_trained_on_and_meta_json_tells_their_truth(work):
@@ -56,12 +58,15 @@ def test_the_files_can_be_trained_on_and_meta_json_tells_their_truth(work):
     run_prepare("a.parquet", dataset="a", val_fraction=0.2)
     meta = json.loads((work / "data/a/meta.json").read_text())
     for split in ("train", "val"):
-        data, told, decoded = Dataset(work / "data/a", split, 16, 50304), meta["splits"][split], texts(work / "data/a", split)
-        assert told["documents"] == data.n_documents == len(decoded) and told["tokens"] == data.n_tokens
+        data, told, decoded = (Dataset(work / "data/a", split, 16, 50304), meta["splits"][split],
+                               texts(work / "data/a", split))
+        assert (told["documents"] == data.n_documents == len(decoded)
+                and told["tokens"] == data.n_tokens)
         assert told["text_bytes"] == data.text_bytes == sum(len(d.encode()) for d in decoded)
         assert told["max_token"] == data.tokens.max()
         assert told["bin_sha256"] == files_of(work / "data/a")[f"{split}.bin"]
-    assert meta["sources"] == [{"name": "a.parquet", "bytes": source.stat().st_size, "rows": 300, "split": "train",
+    assert meta["sources"] == [{"name": "a.parquet", "bytes": source.stat().st_size, "rows": 300,
+                                "split": "train",
                                 "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}]
     assert meta["tokenizer"]["n_vocab"] == 50257 and meta["seed"] == 1337
     assert sorted(p.name for p in (work / "data/a").iterdir()) == list(NAMES)
@@ -152,10 +157,12 @@ def test_its_count_is_held_against_the_files_own(work, capsys):
     counts = [len(GPT2Tokenizer().encode(d)) for d in docs]
     pq.write_table(pa.table({"text": docs, "token_count": counts}), "a.parquet")
     run_prepare("a.parquet", dataset="a")
-    assert f"{sum(counts):,} tokens of text, the same as the sum of the files' token_count" in capsys.readouterr().out
+    assert (f"{sum(counts):,} tokens of text, the same as the sum of the files' token_count"
+            in capsys.readouterr().out)
     pq.write_table(pa.table({"text": docs, "token_count": [c + 1 for c in counts]}), "b.parquet")
     run_prepare("b.parquet", dataset="b")
-    assert "tokens of text, -100 against the sum of the files' token_count" in capsys.readouterr().out
+    assert ("tokens of text, -100 against the sum of the files' token_count"
+            in capsys.readouterr().out)
 
 
 def test_a_second_run_on_the_same_input_does_nothing(work, capsys):
@@ -175,7 +182,8 @@ def test_another_input_never_replaces_a_dataset_unasked(work):
     run_prepare("a.parquet", dataset="a")
     before = files_of(work / "data/a")
     for args, settings in ((["b.parquet"], {}), (["a.parquet"], {"seed": 5})):
-        with pytest.raises(ValueError, match="was prepared from a.parquet, or with other settings. --force replaces it"):
+        with pytest.raises(ValueError, match="was prepared from a.parquet, or with other settings. "
+                                             "--force replaces it"):
             run_prepare(*args, dataset="a", **settings)
     assert files_of(work / "data/a") == before
     run_prepare("b.parquet", dataset="a", force=True)
@@ -192,10 +200,18 @@ def test_the_one_parquet_file_under_data_is_found(work):
     assert len(texts(work / "data/fineweb", "train") + texts(work / "data/fineweb", "val")) == 80
 
 
+def test_other_peoples_files_under_data_are_no_matter(work):
+    write_parquet("data/fineweb_one_shard/000_00000.parquet", documents(80))
+    write_parquet("data/mine/x.parquet", documents(80, seed=2))
+    assert str(prepare.find_parquet("fineweb")) == "data/fineweb_one_shard/000_00000.parquet"
+    assert str(prepare.find_parquet("mine")) == "data/mine/x.parquet"
+
+
 def test_it_may_lie_in_the_folder_of_the_dataset_itself(work):
     write_parquet("data/fineweb/000_00000.parquet", documents(80))
     run_prepare()
-    assert sorted(p.name for p in (work / "data/fineweb").iterdir()) == ["000_00000.parquet", *NAMES]
+    assert (sorted(p.name for p in (work / "data/fineweb").iterdir())
+            == ["000_00000.parquet", *NAMES])
     write_parquet("data/mine/x.parquet", documents(80, seed=2))
     run_prepare(dataset="mine")
     assert (work / "data/mine/meta.json").exists()
@@ -205,15 +221,18 @@ def test_it_may_lie_in_the_folder_of_the_dataset_itself(work):
 
 @pytest.mark.parametrize("make, args, settings, words", [
     (None, [], {}, "there is no parquet file under"),
-    (lambda: (write_parquet("data/a.parquet", ["x"]), write_parquet("data/b.parquet", ["x"])), [], {},
-     "there are 2 parquet files under data: data/a.parquet, data/b.parquet"),
+    (lambda: (write_parquet("data/a.parquet", ["x"]), write_parquet("data/b.parquet", ["x"])),
+     [], {},
+     "there are 2 parquet files that fineweb can mean: data/a.parquet, data/b.parquet"),
     (None, ["gone.parquet"], {}, "gone.parquet does not exist"),
-    (lambda: open("a.parquet", "wb").write(b"this is no parquet file"), ["a.parquet"], {}, "not a whole parquet file"),
+    (lambda: open("a.parquet", "wb").write(b"this is no parquet file"), ["a.parquet"], {},
+     "not a whole parquet file"),
     (lambda: write_parquet("a.parquet", ["x"], column="body"), ["a.parquet"], {},
      "a.parquet has no column 'text'; it has body, id. Name the one with the text: --text_column="),
     (lambda: write_parquet("a.parquet", ["x"]), ["a.parquet"], {"text_column": "id"},
      "column 'id' of a.parquet is of type int64, not text; columns of text are text"),
-    (lambda: write_parquet("a.parquet", ["", None]), ["a.parquet"], {}, "no document is left for train"),
+    (lambda: write_parquet("a.parquet", ["", None]), ["a.parquet"], {},
+     "no document is left for train"),
     (lambda: write_parquet("a.parquet", ["x"]), ["a.parquet"], {}, "no document is left for val"),
     (None, ["a.parquet"], {"sample": True}, "--sample builds its own text"),
 ])
@@ -255,12 +274,13 @@ def test_a_mistake_is_one_sentence_for_the_user(work):
 # stopped at any moment
 
 def start(work, *args):
-    return subprocess.Popen([sys.executable, str(PROJECT / "prepare.py"), *args], cwd=work, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, str(PROJECT / "prepare.py"), *args], cwd=work,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
 
 
 def kill_and_rerun(work, kills, n_documents, seed=0):
-    """Kill a prepare that replaces an older dataset at `kills` moments; each time a rerun ends in the same bytes."""
+    """Kill `kills` prepares that replace an older dataset; each rerun ends in the same bytes."""
     write_parquet("old.parquet", documents(60, seed=1))
     write_parquet("new.parquet", documents(n_documents, seed=2))
     new = ["new.parquet", "--dataset=d", "--num_proc=2", "--force"]
@@ -291,7 +311,8 @@ def alive(work):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            found += [pid] * (os.readlink(f"/proc/{pid}/cwd") == str(work) and int(pid) != os.getpid())
+            found += [pid] * (os.readlink(f"/proc/{pid}/cwd") == str(work)
+                              and int(pid) != os.getpid())
         except OSError:
             pass
     return found
@@ -347,8 +368,8 @@ def test_ctrl_c_leaves_what_was_there_and_says_so(work):
 def test_the_sample_is_pythons_documentation_in_finewebs_schema(work):
     script("prepare.py", "--sample", cwd=work)
     table = pq.read_table("data/sample/sample.parquet")
-    assert table.column_names == ["text", "id", "dump", "url", "date", "file_path", "language", "language_score",
-                                  "token_count"]
+    assert table.column_names == ["text", "id", "dump", "url", "date", "file_path", "language",
+                                  "language_score", "token_count"]
     assert any("Return a" in t for t in table["text"].to_pylist()[:3000])
     counted = [len(GPT2Tokenizer().encode(t)) for t in table["text"].to_pylist()]
     assert counted == table["token_count"].to_pylist() and sum(counted) > 300_000
@@ -414,15 +435,15 @@ def test_a_download_that_was_given_up_goes_on_in_the_next_run(work, hub):
     hub.cut = [7000, *[0] * prepare.DOWNLOAD_TRIES]
     done = script("prepare.py", "--download", cwd=work, check=False,
                   env={**hub.env, "PYTHONPATH": str(write_fast_sleep(work))})
-    assert done.stderr == (f"prepare.py: the download stopped at 7,000 of {len(hub.payload):,} bytes. The same "
-                           "command goes on from there\n")
+    assert done.stderr == (f"prepare.py: the download stopped at 7,000 of {len(hub.payload):,} "
+                           "bytes. The same command goes on from there\n")
     script("prepare.py", "--download", cwd=work, env=hub.env)
     assert hub.served[-1][1] == 7000
     assert (work / "data/fineweb_one_shard/000_00000.parquet").read_bytes() == hub.payload
 
 
 def write_fast_sleep(work):
-    """A folder whose sitecustomize.py makes waiting short, for a script that waits between its tries."""
+    """A folder whose sitecustomize.py makes waiting short, for a script that waits and retries."""
     (work / "fast").mkdir()
     (work / "fast/sitecustomize.py").write_text("import time\n_s = time.sleep\n"
                                                 "time.sleep = lambda s: _s(min(s, .01))\n")
@@ -432,7 +453,8 @@ def write_fast_sleep(work):
 def test_a_download_with_another_checksum_is_refused(work, hub):
     hub.etag = "0" * 64
     done = script("prepare.py", "--download", cwd=work, env=hub.env, check=False)
-    assert "is not the file (its checksum differs)" in done.stderr and "Traceback" not in done.stderr
+    assert ("is not the file (its checksum differs)" in done.stderr
+            and "Traceback" not in done.stderr)
     assert not list((work / "data/fineweb_one_shard").iterdir())
 
 

@@ -29,15 +29,15 @@ def test_a_device_that_is_not_there_is_named():
 
 
 @pytest.mark.parametrize("capability, dtype", [
-    ((12, 0), torch.bfloat16), ((8, 9), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16),
-    ((6, 1), torch.float32)])
+    ((12, 0), torch.bfloat16), ((8, 9), torch.bfloat16), ((8, 0), torch.bfloat16),
+    ((7, 5), torch.float16), ((6, 1), torch.float32)])
 def test_a_card_computes_in_what_its_generation_has(capability, dtype):
     with mock.patch("torch.cuda.get_device_capability", return_value=capability):
         assert runtime.pick_dtype("auto", CUDA) == dtype
 
 
-@pytest.mark.parametrize("bf16, amx, dtype", [(True, False, torch.bfloat16), (False, True, torch.bfloat16),
-                                              (False, False, torch.float32)])
+@pytest.mark.parametrize("bf16, amx, dtype", [
+    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)])
 def test_a_processor_computes_in_bf16_where_it_has_it(bf16, amx, dtype):
     with mock.patch("torch.cpu._is_avx512_bf16_supported", return_value=bf16, create=True), \
             mock.patch("torch.cpu._is_amx_tile_supported", return_value=amx, create=True):
@@ -51,9 +51,10 @@ def test_a_dtype_can_be_asked_for():
 
 
 @pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA GeForce RTX 4070", 58.3), ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2), ("NVIDIA GeForce RTX 3060", 25.5),
-    ("NVIDIA GeForce RTX 5090", 209.5), ("Tesla T4", 65.0), ("NVIDIA H100 80GB HBM3", 989.0),
-    ("NVIDIA GeForce RTX 4080 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("AMD Radeon RX 7900", None)])
+    ("NVIDIA GeForce RTX 4070", 58.3), ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+    ("NVIDIA GeForce RTX 3060", 25.5), ("NVIDIA GeForce RTX 5090", 209.5), ("Tesla T4", 65.0),
+    ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA GeForce RTX 4080 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None), ("AMD Radeon RX 7900", None)])
 def test_the_peak_is_that_of_this_card_or_unknown(name, tflops):
     with mock.patch("torch.cuda.get_device_name", return_value=name):
         assert runtime.peak_flops(CUDA, torch.bfloat16) == (tflops and tflops * 1e12)
@@ -62,8 +63,9 @@ def test_the_peak_is_that_of_this_card_or_unknown(name, tflops):
 
 
 # (SMs, boost MHz) of the cards whose rate is computed
-CHIPS = {"rtx 3060": (28, 1777), "rtx 3090": (82, 1695), "rtx 4060 ti": (34, 2535), "rtx 4070": (46, 2475),
-         "rtx 4090": (128, 2520), "rtx 5050": (20, 2572), "rtx 5070": (48, 2512), "rtx 5090": (170, 2407)}
+CHIPS = {"rtx 3060": (28, 1777), "rtx 3090": (82, 1695), "rtx 4060 ti": (34, 2535),
+         "rtx 4070": (46, 2475), "rtx 4090": (128, 2520), "rtx 5050": (20, 2572),
+         "rtx 5070": (48, 2512), "rtx 5090": (170, 2407)}
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -75,7 +77,8 @@ def test_the_cards_rates_are_512_flops_per_sm_and_clock(name):
 def test_torch_compile_works_here_or_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with mock.patch("shutil.which", return_value=None):
-        assert runtime.compile_obstacle(CPU).startswith("there is no C++ compiler (no-such-compiler")
+        assert runtime.compile_obstacle(CPU).startswith(
+            "there is no C++ compiler (no-such-compiler")
     monkeypatch.delenv("CXX")
     with mock.patch("shutil.which", return_value="/usr/bin/g++"), \
             mock.patch("sysconfig.get_path", return_value="/nowhere"):

@@ -15,8 +15,9 @@ from tokenizer import GPT2Tokenizer
 
 def small(block_size=32, seed=0):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=320, n_layer=2, n_head=4, n_embd=64)).eval()
-    with torch.no_grad():                               # opinions, so that the likeliest token varies
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=320, n_layer=2, n_head=4,
+                          n_embd=64)).eval()
+    with torch.no_grad():                           # opinions, so that the likeliest token varies
         for p in model.transformer.h.parameters():
             p.mul_(8)
     return model
@@ -33,7 +34,8 @@ def test_cached_sampling_is_uncached_sampling(prompt, draw):
     written = []
     for use_cache in (True, False):
         g = torch.Generator().manual_seed(1)
-        take = greedy if draw == "greedy" else lambda logits, g=g: pick(logits, 1.0, 50, 0.9, 320, g)
+        take = (greedy if draw == "greedy"
+                else lambda logits, g=g: pick(logits, 1.0, 50, 0.9, 320, g))
         written.append(torch.cat(list(generate(model, idx, 70, take, use_cache)), dim=1))
     assert torch.equal(*written) and written[0].unique().numel() > 10
 
@@ -70,8 +72,8 @@ def naive_distribution(logits, temperature, top_k, top_p, n_vocab):
     return {i: (p[i] / sum(p[j] for j in kept)).item() for i in kept}
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.0, 0, 0.6), (1.3, 8, 0.8),
-                                                       (1.0, 1, 1.0), (1.0, 0, 1e-9)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0), (0.7, 5, 1.0), (1.0, 0, 0.6), (1.3, 8, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-9)])
 def test_tokens_are_drawn_with_the_probabilities_that_the_settings_mean(temperature, top_k, top_p):
     torch.manual_seed(0)
     logits = torch.randn(24) * 2
@@ -97,9 +99,11 @@ def runs(work):
     for i, name in enumerate(("out-old", "out-new")):
         (work / name).mkdir()
         torch.manual_seed(i)
-        args = dict(block_size=64, vocab_size=50304, n_layer=1, n_head=1, n_embd=16, dropout=0.0, bias=False)
-        checkpoint.save({"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args, "iter_num": i + 1,
-                         "config": {"dataset": "none"}}, work / name / "ckpt.pt")
+        args = dict(block_size=64, vocab_size=50304, n_layer=1, n_head=1, n_embd=16, dropout=0.0,
+                    bias=False)
+        checkpoint.save({"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args,
+                         "iter_num": i + 1, "config": {"dataset": "none"}},
+                        work / name / "ckpt.pt")
         os.utime(work / name / "ckpt.pt", (1e9 + i, 1e9 + i))
     return work
 
@@ -110,15 +114,18 @@ def test_the_newest_run_writes_and_the_same_seed_writes_the_same(runs):
     assert first.startswith("out-new/ckpt.pt, step 2") and first.count("---- sample") == 2
     assert script("sample.py", *args, cwd=runs).stdout == first
     assert script("sample.py", *args, "--seed=2", cwd=runs).stdout != first
-    assert script("sample.py", *args, "--out_dir=out-old", cwd=runs).stdout.startswith("out-old/ckpt.pt, step 1")
+    assert script("sample.py", *args, "--out_dir=out-old", cwd=runs).stdout.startswith(
+        "out-old/ckpt.pt, step 1")
 
 
 def test_a_prompt_may_come_from_a_file_and_be_longer_than_the_context(runs):
     prompt = "Zürich is a city. " * 40
     (runs / "p.txt").write_text(prompt, encoding="utf-8")
-    told = script("sample.py", "--start=FILE:p.txt", "--num_samples=1", "--max_new_tokens=5", cwd=runs).stdout
+    told = script("sample.py", "--start=FILE:p.txt", "--num_samples=1", "--max_new_tokens=5",
+                  cwd=runs).stdout
     n = len(GPT2Tokenizer().encode(prompt)) + 1
-    assert f"the prompt has {n} tokens; the model sees the last 64 of them" in told and prompt in told
+    assert (f"the prompt has {n} tokens; the model sees the last 64 of them" in told
+            and prompt in told)
 
 
 def test_letters_that_are_split_over_tokens_come_out_whole():
@@ -131,19 +138,23 @@ def test_letters_that_are_split_over_tokens_come_out_whole():
 
 
 def test_a_run_on_characters_is_sampled_in_characters(work):
-    meta = {"vocab_size": 4, "stoi": dict(zip("abc\n", range(4), strict=True)), "itos": dict(enumerate("abc\n"))}
+    meta = {"vocab_size": 4, "stoi": dict(zip("abc\n", range(4), strict=True)),
+            "itos": dict(enumerate("abc\n"))}
     write_nanogpt(work / "data/chars", np.zeros(100))
     (work / "data/chars/meta.pkl").write_bytes(pickle.dumps(meta))
     (work / "out").mkdir()
     args = dict(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8, dropout=0.0, bias=False)
-    checkpoint.save({"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args, "iter_num": 1,
-                     "config": {"dataset": "chars"}}, work / "out/ckpt.pt")
-    told = script("sample.py", "--num_samples=1", "--max_new_tokens=30", "--start=ab", cwd=work).stdout
-    assert set(told.split("----\n")[1]) <= set("abc\n") and len(told.split("----\n")[1].rstrip("\n")) > 2
+    checkpoint.save({"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args,
+                     "iter_num": 1, "config": {"dataset": "chars"}}, work / "out/ckpt.pt")
+    told = script("sample.py", "--num_samples=1", "--max_new_tokens=30", "--start=ab",
+                  cwd=work).stdout
+    assert (set(told.split("----\n")[1]) <= set("abc\n")
+            and len(told.split("----\n")[1].rstrip("\n")) > 2)
 
 
 @pytest.mark.parametrize("args, words", [
-    ([], "there is no run under out*/ with a checkpoint yet; `python train.py config/quickstart.py`"),
+    ([],
+     "there is no run under out*/ with a checkpoint yet; `python train.py config/quickstart.py`"),
     (["--out_dir=nowhere"], "nowhere holds no ckpt.pt or best.pt"),
     (["--temperature=-1"], "temperature and top_k must not be negative"),
     (["--num_samples=0"], "num_samples and max_new_tokens must be at least 1"),
@@ -154,6 +165,5 @@ def test_mistakes_are_named(work, args, words):
 
 
 def test_a_missing_prompt_file_is_named(runs):
-    assert "there is no file gone.txt" in script("sample.py", "--start=FILE:gone.txt", cwd=runs, check=False).stderr
-
-
+    assert "there is no file gone.txt" in script(
+        "sample.py", "--start=FILE:gone.txt", cwd=runs, check=False).stderr

@@ -9,9 +9,10 @@ import tokenizer
 from conftest import documents
 from tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, of_dataset
 
-HARD = ["", " ", "a", "\n\n\n", "  two  spaces  ", "tabs\t\tand\r\nWindows\r\n", "\x00null\x00", "🙂👨‍👩‍👧 emoji",
-        "don't we'll I'm they've he'd it's you're", "12345678901234567890", "<|endoftext|>", "x" * 20000,
-        " " * 3000, "東京都の人口は約1400万人です。", "ещё", "e\u0301\u200b\ufeff", "".join(map(chr, range(1, 500)))]
+HARD = ["", " ", "a", "\n\n\n", "  two  spaces  ", "tabs\t\tand\r\nWindows\r\n", "\x00null\x00",
+        "🙂👨‍👩‍👧 emoji", "don't we'll I'm they've he'd it's you're", "12345678901234567890",
+        "<|endoftext|>", "x" * 20000, " " * 3000, "東京都の人口は約1400万人です。", "ещё",
+        "e\u0301\u200b\ufeff", "".join(map(chr, range(1, 500)))]
 
 
 def test_known_ids_of_gpt2():

@@ -21,9 +21,10 @@ from loader import Dataset
 from model import GPT, GPTConfig, model_args
 from train import TrainConfig
 
-TINY = dict(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4,
-            gradient_accumulation_steps=2, max_iters=12, lr_decay_iters=12, warmup_iters=2, learning_rate=1e-2,
-            min_lr=1e-3, eval_interval=6, eval_iters=3, device="cpu", dtype="float32", compile=False)
+TINY = dict(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32,
+            batch_size=4, gradient_accumulation_steps=2, max_iters=12, lr_decay_iters=12,
+            warmup_iters=2, learning_rate=1e-2, min_lr=1e-3, eval_interval=6, eval_iters=3,
+            device="cpu", dtype="float32", compile=False)
 
 
 def run(**settings):
@@ -67,14 +68,15 @@ def test_the_loss_falls_and_the_log_tells_it(tiny):
     run(max_iters=60, lr_decay_iters=60, eval_interval=20)
     told = log()
     assert told[1, "train_loss"] == pytest.approx(math.log(64), abs=0.2)
-    assert math.log(3) < told[60, "val_loss"] < told[0, "val_loss"] - 2       # three ids may follow each
+    # three ids may follow each
+    assert math.log(3) < told[60, "val_loss"] < told[0, "val_loss"] - 2
     assert [s for s, k in told if k == "val_loss"] == [0, 20, 40, 60]
     assert [s for s, k in told if k == "train_loss"] == list(range(1, 61))
     assert told[60, "tokens"] == 60 * 4 * 2 * 16
 
 
 def test_a_step_is_what_torch_makes_of_the_same_windows(tiny):
-    """Three steps by hand: plain AdamW over the mean loss of all windows of a step, gradients clipped."""
+    """Three steps by hand: plain AdamW over the mean loss of all its windows, gradients clipped."""
     run(max_iters=3, grad_clip=0.5)
     cfg = TrainConfig(**{**TINY, "max_iters": 3})
     torch.manual_seed(cfg.seed)
@@ -82,8 +84,9 @@ def test_a_step_is_what_torch_makes_of_the_same_windows(tiny):
     data = Dataset("data/letters", "train", 16, 64, cfg.seed)
     decay = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), foreach=False)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.9, 0.95), foreach=False)
     for step, told in enumerate(log()[s, "train_loss"] for s in (1, 2, 3)):
         for group in optimizer.param_groups:
             group["lr"] = train.lr_at(step, cfg)
@@ -99,7 +102,8 @@ def test_a_step_is_what_torch_makes_of_the_same_windows(tiny):
 
 def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
     for out_dir, batch, accumulate in (("out-a", 8, 1), ("out-b", 2, 4), ("out-c", 1, 8)):
-        run(out_dir=out_dir, batch_size=batch, gradient_accumulation_steps=accumulate, eval_iters=24 // batch)
+        run(out_dir=out_dir, batch_size=batch, gradient_accumulation_steps=accumulate,
+            eval_iters=24 // batch)
     a = log("out-a")
     for other in (log("out-b"), log("out-c")):
         assert other.keys() == a.keys()
@@ -134,7 +138,8 @@ def test_how_often_it_is_evaluated_changes_nothing_else(tiny):
 def test_the_learning_rate_warms_up_and_follows_the_cosine():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
     rates = [train.lr_at(s, cfg) for s in range(130)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11) and rates[10] == 1.0
+    assert (rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
+            and rates[10] == 1.0)
     assert rates[60] == pytest.approx(0.55) and rates[110:] == [pytest.approx(0.1)] * 20
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert train.lr_at(0, TrainConfig(decay_lr=False, learning_rate=0.3)) == 0.3
@@ -146,7 +151,8 @@ def test_weight_decay_falls_on_matrices_only():
     decayed, free = train.configure_optimizer(model, cfg, torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-    assert all(names[id(p)].endswith("weight") and "ln" not in names[id(p)] for p in decayed["params"])
+    assert all(names[id(p)].endswith("weight") and "ln" not in names[id(p)]
+               for p in decayed["params"])
     assert all("ln" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
     assert len(names) == len(decayed["params"]) + len(free["params"])
 
@@ -162,7 +168,8 @@ def test_mixed_precision_follows_fp32(tiny, dtype):
 
 def test_compiled_training_is_eager_training(tiny):
     run(out_dir="out-eager", max_iters=4)
-    done = script("train.py", *arguments(out_dir="out-compiled", max_iters=4, compile=True), cwd=tiny)
+    done = script("train.py", *arguments(out_dir="out-compiled", max_iters=4, compile=True),
+                  cwd=tiny)
     assert "compiling the model" in done.stdout
     a, b = log("out-eager"), log("out-compiled")
     assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-3) for k in a)
@@ -173,8 +180,8 @@ def test_without_a_compiler_it_says_what_is_missing_and_goes_on(tiny, monkeypatc
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     run(compile=True, max_iters=1)
-    assert "torch.compile cannot work here, going on without it (slower): there is no C++ compiler" \
-        in capsys.readouterr().out
+    assert ("torch.compile cannot work here, going on without it (slower): there is no C++ compiler"
+            in capsys.readouterr().out)
 
 
 # it goes on as if it had never stopped
@@ -186,11 +193,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(tiny, stop_at, dropout):
     run(out_dir="out-whole", **settings)
     stop_after(stop_at, out_dir="out-cut", **settings)
     assert checkpoint.load("out-cut/ckpt.pt")["iter_num"] == stop_at
-    torch.rand(100)                                     # the generator of another process stands elsewhere
+    torch.rand(100)                             # the generator of another process stands elsewhere
     run(out_dir="out-cut", init_from="resume", **settings)
     assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
     a, b = (checkpoint.load(f"out-{x}/ckpt.pt") for x in ("cut", "whole"))
-    assert str(a["optimizer"]) == str(b["optimizer"]) and torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
+    assert (str(a["optimizer"]) == str(b["optimizer"])
+            and torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"]))
     assert a["best_val_loss"] == b["best_val_loss"]
 
 
@@ -214,8 +222,8 @@ def stop_after(steps, **settings):
 def test_a_run_resumes_over_the_end_of_an_epoch(tiny):
     n = Dataset("data/letters", "train", 16, 64).n_windows
     steps = n // 64 + 3
-    settings = dict(batch_size=32, gradient_accumulation_steps=2, max_iters=steps + 2, lr_decay_iters=steps + 2,
-                    eval_interval=1000, n_layer=1, n_embd=8, n_head=1)
+    settings = dict(batch_size=32, gradient_accumulation_steps=2, max_iters=steps + 2,
+                    lr_decay_iters=steps + 2, eval_interval=1000, n_layer=1, n_embd=8, n_head=1)
     run(out_dir="out-whole", **settings)
     assert log("out-whole")[steps, "epoch"] > 1
     stop_after(steps - 3, out_dir="out-cut", **settings)
@@ -226,7 +234,8 @@ def test_a_run_resumes_over_the_end_of_an_epoch(tiny):
 def test_a_run_resumes_with_another_split_of_its_steps(tiny):
     run(out_dir="out-whole")
     stop_after(5, out_dir="out-cut")
-    run(out_dir="out-cut", init_from="resume", batch_size=1, gradient_accumulation_steps=8, eval_iters=12)
+    run(out_dir="out-cut", init_from="resume", batch_size=1, gradient_accumulation_steps=8,
+        eval_iters=12)
     a, b = log("out-whole"), log("out-cut")
     assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
 
@@ -286,11 +295,14 @@ def test_resuming_nothing_is_named(tiny):
 def test_a_used_folder_is_never_started_over_unasked(tiny):
     run(max_iters=2)
     before = weights()
-    with pytest.raises(ValueError, match="out holds a run at step 2. --init_from=resume goes on with it, "
-                                         "--out_dir=OTHER starts beside it, --force starts over"):
+    with pytest.raises(ValueError, match="out holds a run at step 2. --init_from=resume goes on "
+                                         "with it, --out_dir=OTHER starts beside it, "
+                                         "--force starts over"):
         run(seed=2)
     assert same(weights(), before)
-    run(seed=2, force=True, max_iters=1)
+    checkpoint.copy("out/ckpt.pt", "out/best.pt")
+    run(seed=2, force=True, max_iters=1, eval_interval=5)
+    assert checkpoint.load("out/best.pt")["iter_num"] == 1      # not the old run's
     assert checkpoint.load("out/ckpt.pt")["iter_num"] == 1 and len(log()) < 12
 
 
@@ -314,15 +326,18 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_val_loss(tiny, monkeypat
 
 def test_it_saves_between_evaluations_too(tiny, monkeypatch):
     saved, ordinary = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda parts, path: (saved.append(parts["iter_num"]), ordinary(parts, path)))
+    monkeypatch.setattr(
+        checkpoint, "save",
+        lambda parts, path: (saved.append(parts["iter_num"]), ordinary(parts, path)))
     run(eval_interval=100, save_minutes=0.0)
     assert saved == [*range(1, 13), 12][:len(saved)] and len(saved) >= 12
 
 
 def test_always_save_checkpoint_off_saves_only_what_is_better(tiny, monkeypatch):
     saved, ordinary = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save",
-                        lambda parts, path: (saved.append(parts["iter_num"]), ordinary(parts, path)))
+    monkeypatch.setattr(
+        checkpoint, "save",
+        lambda parts, path: (saved.append(parts["iter_num"]), ordinary(parts, path)))
     val_losses(monkeypatch, 10.0, 5.0, 6.0, 4.0, 4.5)
     run(eval_interval=2, max_iters=8, always_save_checkpoint=False)
     assert saved == [2, 6, 8]                                   # and the end of the run
@@ -334,15 +349,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update(tiny):
     parts["model"]["transformer.ln_f.weight"][0] = math.nan
     checkpoint.save(parts, "out/ckpt.pt")
     before = open("out/ckpt.pt", "rb").read()
-    with pytest.raises(ValueError, match="step 6: the loss is nan .* stops before the update; out/ckpt.pt is as it "
-                                         "was saved before. A lower learning_rate than 0.01"):
+    with pytest.raises(ValueError, match="step 6: the loss is nan .* stops before the update; "
+                                         "out/ckpt.pt is as it was saved before. "
+                                         "A lower learning_rate than 0.01"):
         run(init_from="resume")
     assert open("out/ckpt.pt", "rb").read() == before
 
 
 def test_a_gradient_that_is_not_a_number_stops_it_too(tiny, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    with pytest.raises(ValueError, match="step 1: the loss is 4.* and the gradient's norm inf.*nothing was saved yet"):
+    with pytest.raises(ValueError, match="step 1: the loss is 4.* and the gradient's norm inf"
+                                         ".*nothing was saved yet"):
         run()
 
 
@@ -356,8 +373,8 @@ def test_max_hours_stops_saves_and_goes_on_another_evening(tiny, capsys):
 
 
 def start(work, *args):
-    return subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *args], cwd=work, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *args], cwd=work,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(process, words):
@@ -379,7 +396,8 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny, which):
 
 
 def test_a_second_signal_stops_at_once(tiny):
-    process = start(tiny, *arguments(max_iters=100000, lr_decay_iters=100000, gradient_accumulation_steps=200000))
+    process = start(tiny, *arguments(max_iters=100000, lr_decay_iters=100000,
+                                     gradient_accumulation_steps=200000))
     wait_for(process, "step 0: val loss")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -389,8 +407,9 @@ def test_a_second_signal_stops_at_once(tiny):
 
 
 def kill_and_resume(work, kills, seed=0):
-    """Kill -9 a run at random moments, resume it each time; it ends as the run that nobody killed."""
-    settings = dict(max_iters=300, lr_decay_iters=300, eval_interval=50, dropout=0.1, save_minutes=0.0)
+    """Kill -9 a run at random moments, resume each time; it ends as the run that nobody killed."""
+    settings = dict(max_iters=300, lr_decay_iters=300, eval_interval=50, dropout=0.1,
+                    save_minutes=0.0)
     run(out_dir="out-whole", **settings)
     rng, killed, init_from = random.Random(seed), 0, "scratch"
     while killed < kills:
@@ -405,7 +424,8 @@ def kill_and_resume(work, kills, seed=0):
             checkpoint.load("out-cut/ckpt.pt")          # whole, always
             init_from = "resume"
             if checkpoint.load("out-cut/ckpt.pt")["iter_num"] == settings["max_iters"]:
-                assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+                assert (log("out-cut") == log("out-whole")
+                        and same(weights("out-cut"), weights("out-whole")))
                 for f in Path("out-cut").iterdir():     # finished: begin again
                     f.unlink()
                 init_from = "scratch"
@@ -444,20 +464,36 @@ def test_an_accumulation_that_the_processes_cannot_share_is_named(tiny):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(PROJECT / "train.py"), *arguments(gradient_accumulation_steps=3)],
         cwd=tiny, text=True, capture_output=True)
-    assert "gradient_accumulation_steps = 3 is not a multiple of the 2 processes. Nearest that works: 2" in done.stderr
+    assert ("gradient_accumulation_steps = 3 is not a multiple of the 2 processes. "
+            "Nearest that works: 2") in done.stderr
 
 
 def test_it_prepares_the_one_file_that_it_can_mean(work):
     write_parquet("data/fineweb_one_shard/000_00000.parquet", documents(200))
-    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304, max_iters=2), cwd=work)
-    assert "data/fineweb is not prepared yet: doing that first, from data/fineweb_one_shard" in done.stdout
+    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304, max_iters=2),
+                  cwd=work)
+    assert ("data/fineweb is not prepared yet: doing that first, from data/fineweb_one_shard"
+            in done.stdout)
     assert Path("data/fineweb/meta.json").exists() and Path("out/ckpt.pt").exists()
 
 
+def test_it_finishes_a_prepare_that_was_killed_between_its_renames(work, prepared):
+    folder = work / "data" / "tiny"
+    folder.mkdir(parents=True)
+    for f in (prepared / "data" / "tiny").iterdir():
+        name = f.name if f.name == "train.bin" else f"{f.name}.new"
+        (folder / name).write_bytes(f.read_bytes())
+    run(dataset="tiny", vocab_size=50304, max_iters=1)
+    assert Path("out/ckpt.pt").exists() and not list(folder.glob("*.new"))
+
+
 def test_without_data_it_says_what_to_do(work):
-    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304), cwd=work, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("train.py: there is no parquet file under")
-    assert "data/fineweb_one_shard/000_00000.parquet" in done.stderr and "Traceback" not in done.stderr
+    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304), cwd=work,
+                  check=False)
+    assert (done.returncode == 1
+            and done.stderr.startswith("train.py: there is no parquet file under"))
+    assert ("data/fineweb_one_shard/000_00000.parquet" in done.stderr
+            and "Traceback" not in done.stderr)
 
 
 def test_it_starts_from_a_folder_of_transformers_and_from_a_run(tiny):
@@ -476,7 +512,8 @@ def test_it_starts_from_a_folder_of_transformers_and_from_a_run(tiny):
     assert checkpoint.load("out-hf/ckpt.pt")["model_args"]["block_size"] == 16
     run(init_from="out-hf", out_dir="out-more", max_iters=1, **text)
     assert log("out-more")[0, "val_loss"] == pytest.approx(log("out-hf")[2, "val_loss"], abs=1e-6)
-    run(init_from="resume", out_dir="out-hf", max_iters=4, **text)  # with the settings that it was started with
+    # with the settings that it was started with
+    run(init_from="resume", out_dir="out-hf", max_iters=4, **text)
     assert checkpoint.load("out-hf/ckpt.pt")["iter_num"] == 4
 
 
@@ -486,7 +523,8 @@ def test_a_nanogpt_folder_of_characters_trains(work):
     letters = sorted(set(text))
     folder = write_nanogpt(work / "data/chars", [letters.index(c) for c in text])
     (folder / "meta.pkl").write_bytes(pickle.dumps({
-        "vocab_size": len(letters), "stoi": {c: i for i, c in enumerate(letters)}, "itos": dict(enumerate(letters))}))
+        "vocab_size": len(letters), "stoi": {c: i for i, c in enumerate(letters)},
+        "itos": dict(enumerate(letters))}))
     run(dataset="chars", max_iters=60, lr_decay_iters=60, eval_interval=60)
     assert checkpoint.load("out/ckpt.pt")["model_args"]["vocab_size"] == len(letters)
     assert log()[60, "val_loss"] < 0.7 * log()[0, "val_loss"]
@@ -495,10 +533,12 @@ def test_a_nanogpt_folder_of_characters_trains(work):
 def test_the_checkpoint_has_nanogpts_keys_and_plain_contents(tiny):
     run(max_iters=2)
     parts = torch.load("out/ckpt.pt", weights_only=True)
-    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= parts.keys()
-    assert parts["model_args"] == dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=64,
-                                       dropout=0.0)
-    assert parts["config"]["dataset"] == "letters" and {"scaler", "rng", "dataset", "versions"} <= parts.keys()
+    assert ({"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
+            <= parts.keys())
+    assert parts["model_args"] == dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False,
+                                       vocab_size=64, dropout=0.0)
+    assert (parts["config"]["dataset"] == "letters"
+            and {"scaler", "rng", "dataset", "versions"} <= parts.keys())
 
 
 def test_eval_only_evaluates_and_changes_nothing(tiny, capsys):
@@ -518,8 +558,9 @@ def test_a_run_folder_can_run_itself_again(tiny):
 
 def test_wandb_is_told(tiny):
     pytest.importorskip("wandb")
-    script("train.py", *arguments(wandb_log=True, wandb_project="p", wandb_run_name="r", max_iters=3), cwd=tiny,
-           env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    script("train.py",
+           *arguments(wandb_log=True, wandb_project="p", wandb_run_name="r", max_iters=3),
+           cwd=tiny, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     files = list(tiny.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 1
     told = files[0].read_bytes()
@@ -551,7 +592,8 @@ def test_it_warns_of_epochs_that_give_nothing(tiny, capsys):
     n = Dataset("data/letters", "train", 16, 64).n_windows
     run(max_iters=20 * n // 8, n_layer=1, n_head=1, n_embd=4, max_hours=1e-9)
     told = capsys.readouterr().out
-    assert f"epochs: about 4 are nearly as good as new text" in told and f"--max_iters={4 * n // 8}" in told
+    assert ("epochs: about 4 are nearly as good as new text" in told
+            and f"--max_iters={4 * n // 8}" in told)
 
 
 def test_the_missions_plan_is_what_it_is():
@@ -561,11 +603,13 @@ def test_the_missions_plan_is_what_it_is():
         model = GPT(GPTConfig(**model_args(cfg)))
 
     class Data:
-        folder, n_tokens, n_documents, block_size, n_windows = "data/fineweb", 703_000_000, 10**6, 1024, 703_000_000 // 1024
+        folder, n_tokens, n_documents, block_size, n_windows = (
+            "data/fineweb", 703_000_000, 10**6, 1024, 703_000_000 // 1024)
     told = "\n".join(train.plan(cfg, model, Data, Data, 2400))
     assert "64.0 M parameters, 37.8 M without embeddings (12 layers x 8 heads x 512)" in told
     assert "491,520 tokens = 12 windows x 40 micro-batches x 1024" in told
-    assert "250,000 steps = 122.9 G tokens = 175 epochs" in told and "175 epochs: about 4 are nearly" in told
+    assert ("250,000 steps = 122.9 G tokens = 175 epochs" in told
+            and "175 epochs: about 4 are nearly" in told)
 
 
 def test_the_bar_shows_loss_rate_epoch_and_time_left(tiny):
@@ -576,8 +620,9 @@ def test_the_bar_shows_loss_rate_epoch_and_time_left(tiny):
     import termios
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *arguments(max_iters=40)], cwd=tiny,
-                               stdout=follower, stderr=follower)
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "train.py"), *arguments(max_iters=40)],
+        cwd=tiny, stdout=follower, stderr=follower)
     os.close(follower)
     told = b""
     while True:
@@ -587,5 +632,6 @@ def test_the_bar_shows_loss_rate_epoch_and_time_left(tiny):
             break
     assert process.wait(timeout=60) == 0
     last = [line for line in told.decode().split("\r") if "40/40" in line][-1]
-    assert all(word in last for word in ("100%", "loss=", "lr=", "tok/s=", "epoch=", "step/s")), last
+    assert all(word in last
+               for word in ("100%", "loss=", "lr=", "tok/s=", "epoch=", "step/s")), last
     assert "step 12: val loss" in told.decode()
