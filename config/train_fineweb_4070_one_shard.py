@@ -6,7 +6,7 @@
 
 out_dir = 'out-fineweb-110M-one-shard'  # the name is the recipe's; the model has 64 M parameters
 eval_interval = 500                     # every 246 M tokens, about every third of an epoch
-eval_iters = 200                        # 200 x 12 windows = 2.46 M tokens of val: error about 0.005
+eval_iters = 200                        # 200 x 12 windows = 2.46 M tokens of val, always the same
 log_interval = 50                       # one line in log.jsonl for 50 steps, some minutes on a 4070
 always_save_checkpoint = True           # 0.8 GB at each evaluation; the best one is kept apart
 wandb_log = False                       # log.jsonl has it all, without an account
