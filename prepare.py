@@ -193,7 +193,7 @@ def open_parquet(path, text_column):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)       # else all of it stays in memory
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file (was it cut off?): "
                          f"{str(error).splitlines()[0]}") from None
