@@ -80,6 +80,8 @@ def run(main, cls, doc):
     An error that our own files raise on purpose is the sentence; all else keeps its traceback.
     """
     script = Path(sys.argv[0]).name
+    # a line reaches a pipe when it is written, and a console that lacks a letter gets a "?"
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main(configure(cls, sys.argv[1:], doc))
     except (ValueError, OSError, ImportError) as error:

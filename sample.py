@@ -7,7 +7,6 @@ Let a trained model write.
     python sample.py --init_from=gpt2                       # OpenAI's GPT-2 (needs transformers)
 """
 import codecs
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +143,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a Windows console may lack some letters
     run(main, SampleConfig, __doc__)

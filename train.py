@@ -92,7 +92,7 @@ def ensure_prepared(dataset, world):
         prepare.commit(folder)              # its files are whole, a kill came between their renames
     if world.is_main and not (folder / "train.bin").exists():
         source = prepare.find_parquet(dataset)
-        print(f"{folder} is not prepared yet: doing that first, from {source}", flush=True)
+        print(f"{folder} is not prepared yet: doing that first, from {source}")
         command = [sys.executable, prepare.__file__, f"--dataset={dataset}"]
         command += ["--sample"] if dataset == "sample" else [str(source)]
         if subprocess.run(command).returncode:  # its own process: its workers need not load torch

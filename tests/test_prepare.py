@@ -358,7 +358,7 @@ def test_a_kill_between_the_renames_is_finished_by_the_next_run(work, renamed, c
 
 def test_ctrl_c_leaves_what_was_there_and_says_so(work):
     write_parquet("a.parquet", documents(100))
-    write_parquet("b.parquet", documents(20000, seed=1, longest=200))
+    write_parquet("b.parquet", documents(10000, seed=1, longest=200) * 10)
     script("prepare.py", "a.parquet", "--dataset=d", cwd=work)
     before = files_of(work / "data/d")
     process = start(work, "b.parquet", "--dataset=d", "--force", "--num_proc=2")
