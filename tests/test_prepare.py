@@ -283,10 +283,15 @@ def test_a_mistake_is_one_sentence_for_the_user(work):
 
 # stopped at any moment
 
+def hear_ctrl_c():
+    """A shell starts what it puts in the background deaf to Ctrl-C, and the tests may run there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(work, *args):
     return subprocess.Popen([sys.executable, str(PROJECT / "prepare.py"), *args], cwd=work,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)
+                            start_new_session=True, preexec_fn=hear_ctrl_c)
 
 
 def kill_and_rerun(work, kills, n_documents, seed=0):
