@@ -124,10 +124,10 @@ def build_model(cfg, parts, folder):
 
 def load_resume(cfg, world):
     """The newest checkpoint of out_dir to resume, None for a new run; refuses to lose work."""
-    newest = Path(cfg.out_dir) / checkpoint.NEWEST
+    newest, used = Path(cfg.out_dir) / checkpoint.NEWEST, checkpoint.in_folder(cfg.out_dir)
     if cfg.init_from != "resume":
-        if newest.exists() and not cfg.force and not cfg.eval_only:
-            at = checkpoint.load(newest)["iter_num"]
+        if used and not cfg.force and not cfg.eval_only:
+            at = checkpoint.load(used)["iter_num"]
             raise ValueError(f"{cfg.out_dir} holds a run at step {at:,}. "
                              "--init_from=resume goes on with it, "
                              "--out_dir=OTHER starts beside it, "

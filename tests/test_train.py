@@ -300,7 +300,10 @@ def test_a_used_folder_is_never_started_over_unasked(tiny):
                                          "--force starts over"):
         run(seed=2)
     assert same(weights(), before)
-    checkpoint.copy("out/ckpt.pt", "out/best.pt")
+    os.replace("out/ckpt.pt", "out/best.pt")                    # the best alone is worth as much
+    with pytest.raises(ValueError, match="out holds a run at step 2"):
+        run(seed=2)
+    assert Path("out/best.pt").exists()
     run(seed=2, force=True, max_iters=1, eval_interval=5)
     assert checkpoint.load("out/best.pt")["iter_num"] == 1      # not the old run's
     assert checkpoint.load("out/ckpt.pt")["iter_num"] == 1 and len(log()) < 12
