@@ -106,6 +106,53 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+CHUNK = 1024                        # tokens whose logits exist at the same time in a loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `x @ weight.T` in nats, without all of its logits at once.
+
+    x (N, C), weight (V, C), targets (N,) of which -1 do not count; products in `dtype`, the loss
+    and the sums over chunks in fp32 (fp64 where dtype is). A chunk of CHUNK logits is turned into
+    its part of both gradients while it is there, which costs no product more than the plain loss.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, needs_grad):
+        w, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
+        counts = targets >= 0
+        n = counts.sum()
+        total = torch.zeros((), dtype=wide, device=x.device)
+        grad_x, grad_w = [], torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        columns = (x.to(dtype), targets.clamp(min=0)[:, None], counts[:, None])
+        for x_c, targets_c, counts_c in zip(*(t.split(CHUNK) for t in columns), strict=True):
+            logits = (x_c @ w.T).to(wide)                                     # (CHUNK, V)
+            logsumexp = logits.logsumexp(1, keepdim=True)
+            total = total + ((logsumexp - logits.gather(1, targets_c)) * counts_c).sum()
+            if needs_grad:
+                grad = _softmax_minus_onehot(logits, logsumexp, targets_c).mul_(counts_c).to(dtype)
+                grad_x.append(grad @ w)
+                grad_w += grad.T @ x_c
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(grad_x), grad_w, n)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_w, n = ctx.saved_tensors
+        scale = grad_loss / n
+        return grad_x.to(grad_w.dtype) * scale, grad_w * scale, None, None, None
+
+
+def _softmax_minus_onehot(logits, logsumexp, targets):
+    """What the loss of a token changes with its logits; overwrites `logits` (N, V) if eager."""
+    if torch.compiler.is_compiling():       # becomes one pass, which a scatter would cut into three
+        columns = torch.arange(logits.size(1), device=logits.device)
+        return (logits - logsumexp).exp() - (columns == targets).to(logits.dtype)
+    logits.sub_(logsumexp).exp_()
+    return logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -146,16 +193,21 @@ class GPT(nn.Module):
             cache.length += T
         return self.transformer.ln_f(x)
 
+    def loss(self, x, targets):
+        """Mean cross-entropy in nats of what `hidden` made, x (B, T, C), against targets (B, T)."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):         # it casts by itself, once for all
+            return LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                            dtype, torch.is_grad_enabled())
+
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T) the mean cross-entropy in nats.
 
-        Targets of -1 do not count. The logits of a loss are not returned, so they can be freed.
+        Targets of -1 do not count. The logits of a loss never exist all at once.
         """
-        logits = self.lm_head(self.hidden(idx))                               # (B, T, V)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1),
-                               ignore_index=-1)
+        x = self.hidden(idx)                                                  # (B, T, C)
+        return self.lm_head(x) if targets is None else self.loss(x, targets)
 
     def n_params(self):
         """Parameters: {"total": all, tied ones once, "without_embeddings": without wte and wpe}."""

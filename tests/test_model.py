@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_file
 from configurator import configure
 from conftest import PROJECT
 from model import GPT, GPTConfig, KVCache, model_args
@@ -92,6 +94,68 @@ def test_the_loss_is_the_mean_over_tokens_in_fp32():
     assert model(idx, targets).item() == pytest.approx(by_hand.item(), rel=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(idx, targets).dtype == torch.float32
+
+
+def both_losses(dtype, n=45, vocabulary=320, width=64):
+    """(loss, gradient of x, of the weights) in chunks, and by F.cross_entropy in the wide dtype."""
+    torch.manual_seed(1)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(n, width, dtype=wide)
+    w = torch.randn(vocabulary, width, dtype=wide) / 4
+    targets = torch.randint(vocabulary, (n,))
+    targets[[0, 7, 30]] = -1
+    results = []
+    for loss in (lambda x, w: model_file.LinearCrossEntropy.apply(x, w, targets, dtype, True),
+                 lambda x, w: F.cross_entropy(x @ w.T, targets, ignore_index=-1)):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        value = loss(x, w)
+        (3 * value).backward()
+        results.append((value.detach(), x.grad, w.grad))
+    return results
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 45, 1024])
+def test_the_loss_in_chunks_and_its_gradients_are_the_plain_ones(monkeypatch, chunk):
+    monkeypatch.setattr(model_file, "CHUNK", chunk)
+    for ours, plain in zip(*both_losses(torch.float64), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_the_loss_in_chunks_is_right_to_the_rounding_of_its_dtype(monkeypatch, dtype, rounding):
+    monkeypatch.setattr(model_file, "CHUNK", 16)
+    (loss, *grads), (plain, *plain_grads) = both_losses(dtype)
+    assert loss.dtype == torch.float32 and abs(loss - plain) < rounding * plain
+    for ours, right in zip(grads, plain_grads, strict=True):
+        assert ours.dtype == torch.float32 and (ours - right).norm() < 2 * rounding * right.norm()
+
+
+def test_without_gradients_the_loss_is_the_same(monkeypatch):
+    monkeypatch.setattr(model_file, "CHUNK", 16)
+    model = small()
+    idx, targets = torch.randint(320, (3, 16)), torch.randint(320, (3, 16))
+    with torch.no_grad():
+        without = model(idx, targets)
+    assert torch.equal(without, model(idx, targets).detach())
+
+
+def test_the_logits_of_a_loss_never_exist_all_at_once(monkeypatch):
+    monkeypatch.setattr(model_file, "CHUNK", 16)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    model = small(n_layer=1)
+    idx = torch.randint(320, (8, 32))
+    with Watch():
+        model(idx, idx).backward()
+    assert largest < 8 * 32 * 320
 
 
 @pytest.mark.parametrize("pieces", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
