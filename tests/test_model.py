@@ -114,9 +114,11 @@ def both_losses(dtype, n=45, vocabulary=320, width=64):
     return results
 
 
+@pytest.mark.parametrize("compiling", [False, True])      # each has its own lines for the gradient
 @pytest.mark.parametrize("chunk", [1, 16, 45, 1024])
-def test_the_loss_in_chunks_and_its_gradients_are_the_plain_ones(monkeypatch, chunk):
+def test_the_loss_in_chunks_and_its_gradients_are_the_plain_ones(monkeypatch, chunk, compiling):
     monkeypatch.setattr(model_file, "CHUNK", chunk)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
     for ours, plain in zip(*both_losses(torch.float64), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
