@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
+import torch._functorch.config
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -54,6 +55,66 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+PIECE = 128                         # queries at a time in CausalAttentionOnCPU
+
+
+class CausalAttentionOnCPU(torch.autograd.Function):
+    """softmax(q k / sqrt(D)) v, causal, by plain products: compiled, faster on a CPU than SDPA.
+
+    q, k, v (B, H, T, D). Queries go PIECE at a time, against the keys that they can see. As in
+    FlashAttention (Dao et al. 2022) backward makes the weights again from their logsumexp; it makes
+    them transposed, since a compiler that sees the same product twice keeps the first one.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, sums = [], []
+        for begin, end in _pieces(q):
+            scores = (q[:, :, begin:end] @ k[:, :, :end].mT).float() * q.size(3) ** -0.5
+            scores = scores.masked_fill(_future(begin, end), -math.inf)
+            sums.append(scores.logsumexp(3, keepdim=True))
+            y.append((scores - sums[-1]).exp().to(v.dtype) @ v[:, :, :end])
+        y, sums = torch.cat(y, 2), torch.cat(sums, 2).mT
+        ctx.save_for_backward(q, k, v, y, sums)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        q, k, v, y, sums = ctx.saved_tensors
+        T, D = q.shape[2:]
+        delta = (grad_y.float() * y.float()).sum(3)[:, :, None]               # (B, H, 1, T)
+        grad_q, grad_k, grad_v = [], 0, 0
+        for begin, end in _pieces(q):
+            q_i, grad_i = q[:, :, begin:end], grad_y[:, :, begin:end]
+            scores = (k[:, :, :end] @ q_i.mT).float() * D ** -0.5             # (B, H, end, piece)
+            scores = scores.masked_fill(_future(begin, end).mT, -math.inf)
+            p = (scores - sums[..., begin:end]).exp()
+            grad_p = (v[:, :, :end] @ grad_i.mT).float() - delta[..., begin:end]
+            grad_scores = (p * grad_p * D ** -0.5).to(q.dtype)
+            grad_q.append(grad_scores.mT @ k[:, :, :end])
+            grad_k += F.pad(grad_scores @ q_i, (0, 0, 0, T - end))
+            grad_v += F.pad(p.to(v.dtype) @ grad_i, (0, 0, 0, T - end))
+        return torch.cat(grad_q, 2), grad_k, grad_v
+
+
+def _pieces(q):
+    return [(begin, min(begin + PIECE, q.size(2))) for begin in range(0, q.size(2), PIECE)]
+
+
+def _future(begin, end):
+    """(end - begin, end): which keys lie after which of the queries begin to end."""
+    place = torch.arange(end, dtype=torch.int32)            # comparing int64 takes twice as long
+    return place > place[begin:, None]
+
+
+def causal_attention(q, k, v, dropout):
+    """softmax(q k / sqrt(D)) v where each token sees itself and what came before; (B, H, T, D)."""
+    compiled_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if q.device.type == "cpu" and compiled_training and not dropout:
+        return CausalAttentionOnCPU.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -66,16 +127,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)   # 3 x (B, H, T, D)
-        mask = None
-        if cache is not None:
+        if cache is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        else:                                               # each sees its own and all of the past
             k, v = cache.extend(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype))
-            q = q.to(k.dtype)
-            if T > 1 and cache.length:                      # some of many: each sees its past
-                mask = torch.ones(T, k.size(2), dtype=torch.bool,
-                                  device=x.device).tril(cache.length)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0)
+            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask.tril(k.size(2) - T))
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -109,30 +166,50 @@ class Block(nn.Module):
 CHUNK = 1024                        # tokens whose logits exist at the same time in a loss
 
 
+def loss_of_chunk(x, w, targets, counts, grad_w):
+    """Summed cross-entropy of `x @ w.T`, x (N, C), w (V, C), targets and counts (N,).
+
+    Where `grad_w` (V, C) is a tensor, the chunk's part of it is added there, and the gradient of
+    `x` is the second result.
+    """
+    targets, counts = targets[:, None], counts[:, None]
+    logits = (x @ w.T).to(torch.promote_types(w.dtype, torch.float32))       # (N, V)
+    logsumexp = logits.logsumexp(1, keepdim=True)
+    total = ((logsumexp - logits.gather(1, targets)) * counts).sum()
+    if grad_w is None:
+        return total, None
+    if torch.compiler.is_compiling():       # becomes one pass, which a scatter would cut into three
+        columns = torch.arange(w.size(0), device=w.device)
+        grad = (logits - logsumexp).exp() - (columns == targets).to(logits.dtype)
+    else:
+        grad = logits.sub_(logsumexp).exp_()
+        grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
+    grad = (grad * counts if torch.compiler.is_compiling() else grad.mul_(counts)).to(w.dtype)
+    grad_w += grad.T @ x
+    return total, grad @ w
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of `x @ weight.T` in nats, without all of its logits at once.
 
     x (N, C), weight (V, C), targets (N,) of which -1 do not count; products in `dtype`, the loss
-    and the sums over chunks in fp32 (fp64 where dtype is). A chunk of CHUNK logits is turned into
-    its part of both gradients while it is there, which costs no product more than the plain loss.
+    and the sums over chunks in fp32 (fp64 where dtype is). `chunk` is loss_of_chunk, perhaps
+    compiled. It turns logits into their part of both gradients while they are there, which costs
+    no product more than the plain loss.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, needs_grad):
+    def forward(ctx, x, weight, targets, dtype, needs_grad, chunk):
         w, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
         counts = targets >= 0
         n = counts.sum()
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x, grad_w = [], torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        columns = (x.to(dtype), targets.clamp(min=0)[:, None], counts[:, None])
-        for x_c, targets_c, counts_c in zip(*(t.split(CHUNK) for t in columns), strict=True):
-            logits = (x_c @ w.T).to(wide)                                     # (CHUNK, V)
-            logsumexp = logits.logsumexp(1, keepdim=True)
-            total = total + ((logsumexp - logits.gather(1, targets_c)) * counts_c).sum()
-            if needs_grad:
-                grad = _softmax_minus_onehot(logits, logsumexp, targets_c).mul_(counts_c).to(dtype)
-                grad_x.append(grad @ w)
-                grad_w += grad.T @ x_c
+        pieces = (t.chunk(-(-len(x) // CHUNK)) for t in (x.to(dtype), targets.clamp(min=0), counts))
+        for x_c, targets_c, counts_c in zip(*pieces, strict=True):
+            total_c, grad_x_c = chunk(x_c, w, targets_c, counts_c, grad_w)
+            total += total_c
+            grad_x.append(grad_x_c)
         if needs_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_w, n)
         return total / n
@@ -140,20 +217,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_w, n = ctx.saved_tensors
-        scale = grad_loss / n
-        return grad_x.to(grad_w.dtype) * scale, grad_w * scale, None, None, None
-
-
-def _softmax_minus_onehot(logits, logsumexp, targets):
-    """What the loss of a token changes with its logits; overwrites `logits` (N, V) if eager."""
-    if torch.compiler.is_compiling():       # becomes one pass, which a scatter would cut into three
-        columns = torch.arange(logits.size(1), device=logits.device)
-        return (logits - logsumexp).exp() - (columns == targets).to(logits.dtype)
-    logits.sub_(logsumexp).exp_()
-    return logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
+        scale = grad_loss / n               # in place: a second backward is an error, not a copy
+        return grad_x.to(grad_w.dtype) * scale, grad_w.mul_(scale), None, None, None, None
 
 
 class GPT(nn.Module):
+    loss_of_chunk = staticmethod(loss_of_chunk)
+
     def __init__(self, config):
         super().__init__()
         self.config = config = GPTConfig(**model_args(config))
@@ -199,7 +269,7 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):         # it casts by itself, once for all
             return LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                            dtype, torch.is_grad_enabled())
+                                            dtype, torch.is_grad_enabled(), self.loss_of_chunk)
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T) the mean cross-entropy in nats.
@@ -208,6 +278,17 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx)                                                  # (B, T, C)
         return self.lm_head(x) if targets is None else self.loss(x, targets)
+
+    def compile(self, **options):
+        """Compile `hidden` and one chunk of the loss, in place; weights keep their names.
+
+        As one graph, a GPU's scheduler would keep the logits of all chunks until the end. What a
+        pass over memory can make again from what is kept anyway is not kept: half of the
+        activations, at the same speed.
+        """
+        torch._functorch.config.ban_recompute_materialized_backward = False
+        self.hidden = torch.compile(self.hidden, **options)
+        self.loss_of_chunk = torch.compile(self.loss_of_chunk, **options)
 
     def n_params(self):
         """Parameters: {"total": all, tied ones once, "without_embeddings": without wte and wpe}."""

@@ -105,7 +105,8 @@ def both_losses(dtype, n=45, vocabulary=320, width=64):
     targets = torch.randint(vocabulary, (n,))
     targets[[0, 7, 30]] = -1
     results = []
-    for loss in (lambda x, w: model_file.LinearCrossEntropy.apply(x, w, targets, dtype, True),
+    for loss in (lambda x, w: model_file.LinearCrossEntropy.apply(
+                     x, w, targets, dtype, True, model_file.loss_of_chunk),
                  lambda x, w: F.cross_entropy(x @ w.T, targets, ignore_index=-1)):
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         value = loss(x, w)
@@ -158,6 +159,50 @@ def test_the_logits_of_a_loss_never_exist_all_at_once(monkeypatch):
     with Watch():
         model(idx, idx).backward()
     assert largest < 8 * 32 * 320
+
+
+def test_a_second_backward_through_a_loss_is_an_error_and_not_a_wrong_gradient():
+    model = small(n_layer=1)
+    idx = torch.randint(320, (2, 16))
+    loss = model(idx, idx)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 100])
+def test_attention_in_pieces_is_attention(monkeypatch, length):
+    monkeypatch.setattr(model_file, "PIECE", 16)
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 3, length, 16)
+    results = []
+    for attention in (model_file.CausalAttentionOnCPU.apply,
+                      lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = attention(*inputs)
+        y.backward(grad)
+        results.append([y, *(t.grad for t in inputs)])
+    for ours, right in zip(*results, strict=True):
+        assert torch.allclose(ours, right, atol=1e-5)
+
+
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch):
+    monkeypatch.setattr(model_file, "CHUNK", 24)
+    monkeypatch.setattr(model_file, "PIECE", 20)
+    model = small(n_layer=1)
+    model.train()
+    idx, targets = torch.randint(320, (3, 32)), torch.randint(320, (3, 32))
+    model(idx, targets).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loss = model(idx, targets).item()
+    model.zero_grad()
+    model.compile(dynamic=False)
+    compiled = model(idx, targets)
+    compiled.backward()
+    assert compiled.item() == pytest.approx(loss, rel=1e-5)
+    assert set(dict(model.named_parameters())) == set(plain)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, plain[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize("pieces", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
