@@ -33,7 +33,7 @@ def configure(cls, argv, doc=""):
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     parser = _parser(cls, fields, doc)
-    given, unknown = parser.parse_known_args([_spell_out(arg, fields) for arg in argv])
+    given, unknown = parser.parse_known_intermixed_args([_spell_out(arg, fields) for arg in argv])
     if unknown:
         raise ValueError(f"{unknown[0]}: {_nearest(unknown[0].lstrip('-').split('=')[0], fields)}")
 
@@ -49,9 +49,12 @@ def configure(cls, argv, doc=""):
         if "files" not in fields:
             raise ValueError(f"{others[0]}: not a config file (config/NAME.py) and not --key=value")
         settings["files"] = tuple(others)
+    in_files = dict(settings)
     for key, text in vars(given).items():
         if key in fields and text is not None:
             settings[key] = _parsed(text, fields[key], f"--{key}={text}")
+    if hasattr(cls, "complete"):            # what the command line replaces may still count
+        settings = cls.complete(settings, in_files)
     return cls(**settings)
 
 

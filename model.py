@@ -10,6 +10,10 @@ import torch._functorch.config
 import torch.nn as nn
 from torch.nn import functional as F
 
+# A compiled model makes again what a pass over memory can make from what it keeps anyway, which
+# halves the activations at the same speed.
+torch._functorch.config.ban_recompute_materialized_backward = False
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -163,7 +167,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-CHUNK = 1024                        # tokens whose logits exist at the same time in a loss
+CHUNK = 2048                        # tokens, at most half of all, whose logits exist at once
 
 
 def loss_of_chunk(x, w, targets, counts, grad_w):
@@ -205,7 +209,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         n = counts.sum()
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x, grad_w = [], torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        pieces = (t.chunk(-(-len(x) // CHUNK)) for t in (x.to(dtype), targets.clamp(min=0), counts))
+        n_chunks = max(-(-len(x) // CHUNK), 2)
+        pieces = (t.chunk(n_chunks) for t in (x.to(dtype), targets.clamp(min=0), counts))
         for x_c, targets_c, counts_c in zip(*pieces, strict=True):
             total_c, grad_x_c = chunk(x_c, w, targets_c, counts_c, grad_w)
             total += total_c
@@ -282,11 +287,8 @@ class GPT(nn.Module):
     def compile(self, **options):
         """Compile `hidden` and one chunk of the loss, in place; weights keep their names.
 
-        As one graph, a GPU's scheduler would keep the logits of all chunks until the end. What a
-        pass over memory can make again from what is kept anyway is not kept: half of the
-        activations, at the same speed.
+        As one graph, a GPU's scheduler would keep the logits of all chunks until the end.
         """
-        torch._functorch.config.ban_recompute_materialized_backward = False
         self.hidden = torch.compile(self.hidden, **options)
         self.loss_of_chunk = torch.compile(self.loss_of_chunk, **options)
 

@@ -1,9 +1,12 @@
 """Where am I? Ranks, device, dtype, random state, sums over ranks, and the table of GPUs."""
+import gc
+import math
 import os
 import platform
 import shutil
 import sys
 import sysconfig
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +150,54 @@ def device_name(device):
     return f"{name} ({device.type}, {torch.get_num_threads()} threads)"
 
 
+def memory(device):
+    """(free, all) bytes of the device's memory; of the computer's where it shares that."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "mps":
+        most = torch.mps.recommended_max_memory()
+        return most - torch.mps.driver_allocated_memory(), most
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        kib = {line.split(":")[0]: int(line.split()[1])
+               for line in meminfo.read_text().splitlines()}
+        return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+    if sys.platform == "win32":
+        import ctypes
+        status = (ctypes.c_uint64 * 8)(64)      # MEMORYSTATUSEX: its length, then bytes from [1] on
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return status[2], status[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total                         # macOS gives what is unused to whoever asks
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that memory is used up: CUDA's own type, or MPS's or a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in (
+        "out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"))
+
+
+def free_memory(device):
+    """Give the memory of dropped tensors back."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def measured_flops(device, dtype, at_most_s=0.02, largest=4096):
+    """FLOP/s of a product of square matrices, the largest (from 256) that takes `at_most_s`."""
+    size, seconds = 256, 0.0
+    while seconds < at_most_s and size <= largest:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        seconds = math.inf
+        for _ in range(3):
+            began = time.perf_counter()
+            (a @ b)[0, 0].item()            # which waits for the device
+            seconds = min(seconds, time.perf_counter() - began)
+        size *= 2
+    return 2 * (size / 2)**3 / seconds
+
+
 def versions():
     """Of what decides the numbers of a run."""
     return {"python": platform.python_version(), "torch": str(torch.__version__),
@@ -232,7 +283,9 @@ def card(name):
 
     Laptop and cut-down cards share names, not speed: None.
     """
-    return CARDS.get(name.lower().removeprefix("nvidia geforce "))
+    name = name.lower().removeprefix("nvidia ").removeprefix("geforce ")
+    return next((CARDS[key] for key in (name, f"rtx {name}", f"nvidia {name}") if key in CARDS),
+                None)
 
 
 def peak_flops(device, dtype):

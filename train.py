@@ -8,6 +8,7 @@ Train a GPT on a prepared dataset, on one GPU, on a CPU, or on several GPUs.
 
 Ctrl-C finishes the step, saves and exits; a second one exits at once. `--help` lists every setting.
 """
+import gc
 import json
 import math
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,13 @@ from tqdm import tqdm
 
 import checkpoint
 import loader
+import plan
 import prepare
 import runtime
 import tokenizer
 from configurator import run, write_config_file
 from model import GPT, GPTConfig, model_args
+from plan import tokens_per_step
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class TrainConfig(GPTConfig):
     save_minutes: float = 10.0              # save ckpt.pt also when the last save is this old
     max_hours: float = 0.0                  # save and stop then, to go on another day; 0 = no limit
     init_from: str = "scratch"              # scratch, resume (from out_dir), gpt2, ..., or a folder
-    force: bool = False                     # start over in out_dir; resume on changed data or steps
+    overwrite: bool = False                 # start over in out_dir, replacing the run there
+    force: bool = False                     # run what the plan refuses; resume on changed data
+    dry_run: bool = False                   # print the plan and exit
     # wandb
     wandb_log: bool = False                 # also log to Weights & Biases
     wandb_project: str = "owt"              # project there
@@ -51,7 +56,8 @@ class TrainConfig(GPTConfig):
     # data
     dataset: str = "openwebtext"            # folder under data/
     gradient_accumulation_steps: int = 40   # micro-batches in a step, over all GPUs
-    batch_size: int = 12                    # windows in a micro-batch; what decides the memory
+    batch_size: int = 12                    # windows in a micro-batch, decides the memory; 0: fits
+    tokens_per_step: int = 0                # decides the accumulation; 0 = as the two above give it
     seed: int = 1337                        # of the weights, the data order and dropout
     # model: block_size, n_layer, ... are GPTConfig's
     bias: bool = False                      # in Linear and LayerNorm; False: a bit better, faster
@@ -75,12 +81,36 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("eval_interval", "log_interval", "eval_iters",
-                     "gradient_accumulation_steps", "batch_size"):
+                     "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size = {self.batch_size} is a number of windows; "
+                             "0 takes what fits")
+        chunk = max(self.batch_size, 1) * self.block_size
+        if self.tokens_per_step % chunk:
+            raise ValueError(f"tokens_per_step = {self.tokens_per_step:,} is not a multiple of "
+                             f"{'batch_size x ' * (self.batch_size > 0)}block_size = {chunk:,}. "
+                             f"Nearest that works: {max(self.tokens_per_step // chunk, 1) * chunk}")
+        if not self.batch_size and not self.tokens_per_step:
+            raise ValueError("batch_size = 0 takes what fits, and needs tokens_per_step to know "
+                             "how much a step is")
+        if self.batch_size and self.tokens_per_step:    # a frozen dataclass's only way to derive
+            object.__setattr__(self, "gradient_accumulation_steps", self.tokens_per_step // chunk)
         if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
             raise ValueError(f"lr_decay_iters = {self.lr_decay_iters} must come after "
                              f"warmup_iters = {self.warmup_iters}, or set --decay_lr=False")
+
+    @classmethod
+    def complete(cls, settings, in_files):
+        """`settings` where batch_size = 0 keeps the tokens of a step that a config file gives."""
+        if settings.get("batch_size") == 0 and not settings.get("tokens_per_step"):
+            known = {**{f: getattr(cls, f) for f in ("batch_size", "gradient_accumulation_steps",
+                                                     "block_size")}, **settings}
+            batch_size = in_files.get("batch_size") or cls.batch_size
+            return {**settings, "tokens_per_step": batch_size * known["block_size"]
+                    * known["gradient_accumulation_steps"]}
+        return settings
 
 
 # data
@@ -126,12 +156,12 @@ def load_resume(cfg, world):
     """The newest checkpoint of out_dir to resume, None for a new run; refuses to lose work."""
     newest, used = Path(cfg.out_dir) / checkpoint.NEWEST, checkpoint.in_folder(cfg.out_dir)
     if cfg.init_from != "resume":
-        if used and not cfg.force and not cfg.eval_only:
+        if used and not (cfg.overwrite or cfg.eval_only or cfg.dry_run):
             at = checkpoint.load(used)["iter_num"]
             raise ValueError(f"{cfg.out_dir} holds a run at step {at:,}. "
                              "--init_from=resume goes on with it, "
                              "--out_dir=OTHER starts beside it, "
-                             "--force starts over and replaces it")
+                             "--overwrite starts over and replaces it")
         return None
     parts = checkpoint.load(newest)
     then = {**parts["model_args"], **parts.get("config", {})}   # what was asked for when it began
@@ -175,42 +205,6 @@ def lr_at(step, cfg):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def tokens_per_step(cfg):
-    return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
-
-
-# what the run is, before it starts
-
-def plan(cfg, model, data, val, n_val):
-    """Lines that say what this run really is."""
-    n, per_step = model.n_params(), tokens_per_step(cfg)
-    total = per_step * cfg.max_iters
-    epochs = total / (data.n_windows * data.block_size)
-    lines = [
-        f"model      {n['total'] / 1e6:,.1f} M parameters, "
-        f"{n['without_embeddings'] / 1e6:,.1f} M without embeddings "
-        f"({model.config.n_layer} layers x {model.config.n_head} heads x {model.config.n_embd})",
-        f"dataset    {data.folder}: {data.n_tokens:,} tokens to train on "
-        f"in {data.n_documents:,} documents; "
-        f"evaluated on {n_val * val.block_size:,} of {val.n_tokens:,}",
-        f"step       {per_step:,} tokens = {cfg.batch_size} windows "
-        f"x {cfg.gradient_accumulation_steps} micro-batches x {cfg.block_size}",
-        f"run        {cfg.max_iters:,} steps = {_count(total)} tokens = "
-        f"{epochs:,.{2 if epochs < 100 else 0}f} epochs",
-    ]
-    if epochs > 16:
-        four = 4 * data.n_windows // (cfg.batch_size * cfg.gradient_accumulation_steps)
-        lines.append(f"warning    {epochs:,.0f} epochs: about 4 are nearly as good as new text, "
-                     "and past about 16 another one adds next to nothing")
-        lines.append("           (Muennighoff et al. 2023). 4 epochs would be "
-                     f"--max_iters={max(four, 1)} --lr_decay_iters={max(four, 1)}")
-    return lines
-
-
-def _count(n):
-    return f"{n / 1e9:,.1f} G" if n >= 1e9 else f"{n / 1e6:,.1f} M"
-
-
 # while it runs
 
 def stop_requested():
@@ -229,11 +223,31 @@ def stop_requested():
     return asked
 
 
+def smaller_when_full(do, B, world, what):
+    """(do(B), B), again with half of B windows at a time whenever memory runs out."""
+    while True:
+        try:
+            return do(B), B
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+        # out here, where no traceback holds the tensors of what failed
+        runtime.free_memory(world.device)
+        if B == 1 or world.size > 1:
+            raise ValueError(
+                f"out of memory in {what} with {B} windows at a time, {world.device}. " +
+                ("A smaller block_size, n_layer or n_embd fits" if B == 1 else
+                 f"Nearest that may fit: --init_from=resume --batch_size={B // 2} "
+                 "with twice the gradient_accumulation_steps"))
+        B = plan.divisor(B, B // 2)
+        tqdm.write(f"out of memory in {what}: going on with {B} windows at a time "
+                   "and as many tokens in a step as before", file=sys.stdout)
+
+
 @torch.no_grad()
-def evaluate(model, val, n_windows, cfg, world, autocast):
+def evaluate(model, val, n_windows, B, world, autocast):
     """Mean loss over the first `n_windows` of `val`, each target once, split over the ranks."""
     model.eval()
-    B = cfg.batch_size
     places = range(world.rank * B, max(n_windows, B * world.size), B * world.size)
     losses, counts = [], []
     for place, (idx, targets) in zip(places, loader.ahead(
@@ -246,6 +260,20 @@ def evaluate(model, val, n_windows, cfg, world, autocast):
     losses, counts = torch.stack(losses).float(), torch.tensor(counts, device=world.device)
     total = world.sum(torch.stack([(losses * counts).sum(), counts.sum()]))
     return (total[0] / total[1]).item()
+
+
+def accumulate(forward, micro_batches, micro_steps, world, autocast, scaler):
+    """Add a step's gradients up; returns its mean loss over all micro-batches of this process."""
+    step_loss = torch.zeros((), device=world.device)
+    for m in range(micro_steps):
+        idx, targets = next(micro_batches)
+        if world.size > 1:
+            forward.require_backward_grad_sync = m == micro_steps - 1
+        with autocast:
+            loss = forward(idx, targets) / micro_steps
+        scaler.scale(loss).backward()
+        step_loss += loss.detach()
+    return step_loss
 
 
 class Log:
@@ -285,6 +313,11 @@ def main(cfg):
     say = (lambda text: tqdm.write(text, file=sys.stdout)) if world.is_main else lambda text: None
     dtype = runtime.pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    if cfg.compile:
+        obstacle = runtime.compile_obstacle(device)
+        if obstacle:
+            say(f"torch.compile cannot work here, going on without it (slower): {obstacle}")
+            cfg = replace(cfg, compile=False)
     if cfg.gradient_accumulation_steps % world.size:
         nearest = max(cfg.gradient_accumulation_steps // world.size, 1) * world.size
         raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} is not "
@@ -297,6 +330,29 @@ def main(cfg):
     model = build_model(cfg, parts, folder)
     data = loader.Dataset(folder, "train", cfg.block_size, model.config.vocab_size, cfg.seed)
     val = loader.Dataset(folder, "val", cfg.block_size, model.config.vocab_size)
+
+    # what it will cost, and whether it can work
+    on, traced = plan.machine(device, dtype), None
+    if not cfg.batch_size:
+        B, accumulation, traced = plan.choose_batch(cfg, model.config, on, dtype, cfg.compile,
+                                                    world.size)
+        cfg = replace(cfg, batch_size=B, gradient_accumulation_steps=accumulation)
+    rate = plan.measured_rate(out_dir / "log.jsonl", runtime.device_name(device)) \
+        if cfg.init_from == "resume" else None
+    if world.is_main:
+        planned = plan.make(cfg, model.config, plan.of_dataset(data, val), on, dtype, cfg.compile,
+                            world.size, rate, traced)
+        say(f"machine    {on['name']} x {world.size}, {str(dtype).removeprefix('torch.')}, "
+            f"torch {torch.__version__}")
+        for line in plan.lines(planned, cfg):
+            say(line)
+        refused = plan.refusals(planned, cfg)
+        if refused and not (cfg.force or cfg.dry_run or cfg.eval_only):
+            raise ValueError(f"{'; '.join(refused)}. --force starts it all the same")
+        for sentence in refused:
+            say(f"warning    {sentence}")
+    if cfg.dry_run:
+        return world.close()
     n_val = min(cfg.eval_iters * cfg.batch_size, val.n_windows)
     model.to(device)
 
@@ -320,16 +376,12 @@ def main(cfg):
         parts = None                            # 12 bytes per parameter that nobody needs any more
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    say(f"machine    {runtime.device_name(device)} x {world.size}, "
-        f"{str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
-    for line in plan(cfg, model, data, val, n_val):
-        say(line)
     say(f"output     {out_dir}" + (f", going on from step {step:,}" if step else ""))
 
     # logging
     log = wandb = None
     if world.is_main and not cfg.eval_only:
-        if cfg.init_from != "resume":           # an older run is only here if --force gave it up
+        if cfg.init_from != "resume":           # an older run is here only with --overwrite
             for name in (checkpoint.NEWEST, checkpoint.BEST):
                 (out_dir / name).unlink(missing_ok=True)
         write_config_file(out_dir / "config.py", cfg)
@@ -342,12 +394,8 @@ def main(cfg):
         wandb = start_wandb(cfg, step) if cfg.wandb_log else None
 
     if cfg.compile:
-        obstacle = runtime.compile_obstacle(device)
-        if obstacle:
-            say(f"torch.compile cannot work here, going on without it (slower): {obstacle}")
-        else:
-            say("compiling the model (about a minute; kept in .cache/ for the next start)")
-            model.compile(dynamic=False)
+        say("compiling the model (about a minute; kept in .cache/ for the next start)")
+        model.compile(dynamic=False)
     forward = model if world.size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -370,12 +418,30 @@ def main(cfg):
 
     # the loop
     stop = stop_requested()
-    B, micro_steps = cfg.batch_size, cfg.gradient_accumulation_steps // world.size
+    B = B_eval = cfg.batch_size
     windows_per_step = B * cfg.gradient_accumulation_steps
-    micro_batches = loader.ahead(
-        lambda place: data.training_batch(place, B),
-        (s * windows_per_step + (m * world.size + world.rank) * B
-         for s in range(step, cfg.max_iters) for m in range(micro_steps)), device)
+
+    def micro_batches_of(B):
+        """The micro-batches from this step on, of B windows each."""
+        return loader.ahead(
+            lambda place: data.training_batch(place, B),
+            (place for s in range(step, cfg.max_iters)
+             for place in range(s * windows_per_step + world.rank * B,
+                                (s + 1) * windows_per_step, world.size * B)), device)
+
+    def gradients(B_now):
+        """The loss of this step, whose gradients add up in the model, in micro-batches of B_now."""
+        nonlocal B, micro_batches
+        if B_now != B:                      # the last try ran out of memory half-way
+            optimizer.zero_grad(set_to_none=True)
+            micro_batches.close()
+            B, micro_batches = B_now, micro_batches_of(B_now)
+        return accumulate(forward, micro_batches, windows_per_step // world.size // B, world,
+                          autocast, scaler)
+
+    micro_batches = micro_batches_of(B)
+    gc.collect()
+    gc.disable()                            # it would go through all objects in mid-step
     began = saved_at = time.time()
     step_at_start, seconds, steps_timed = step, 0.0, 0
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
@@ -386,7 +452,10 @@ def main(cfg):
         last, trained = step >= cfg.max_iters, step > step_at_start
         improved = worth_saving = False
         if cfg.eval_only or (trained or step == 0) and (last or step % cfg.eval_interval == 0):
-            val_loss = evaluate(model, val, n_val, cfg, world, autocast)
+            val_loss, B_eval = smaller_when_full(
+                lambda B: evaluate(model, val, n_val, B, world, autocast),
+                B_eval, world, "an evaluation")
+            gc.collect()
             say(f"step {step:,}: val loss {val_loss:.4f}")
             if cfg.eval_only:
                 break
@@ -413,15 +482,7 @@ def main(cfg):
         lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_loss = torch.zeros((), device=device)
-        for m in range(micro_steps):
-            idx, targets = next(micro_batches)
-            if world.size > 1:
-                forward.require_backward_grad_sync = m == micro_steps - 1
-            with autocast:
-                loss = forward(idx, targets) / micro_steps
-            scaler.scale(loss).backward()
-            step_loss += loss.detach()
+        step_loss, _ = smaller_when_full(gradients, B, world, "a step")
         step_loss = world.sum(step_loss / world.size)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)

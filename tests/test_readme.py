@@ -53,7 +53,7 @@ def test_every_other_command_of_the_readme_works(work):
             words[words.index("train.py")] = str(PROJECT / "train.py")
         if any(w.endswith("train.py") for w in words):
             words += SMALL
-            words += [] if any("resume" in w or "out_dir" in w for w in words) else ["--force"]
+            words += [] if any("resume" in w or "out_dir" in w for w in words) else ["--overwrite"]
         if any(w.endswith("sample.py") for w in words):
             words += ["--max_new_tokens=5", "--device=cpu"]
         done = subprocess.run(words, cwd=work, text=True, capture_output=True, timeout=120)

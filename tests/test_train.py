@@ -297,14 +297,14 @@ def test_a_used_folder_is_never_started_over_unasked(tiny):
     before = weights()
     with pytest.raises(ValueError, match="out holds a run at step 2. --init_from=resume goes on "
                                          "with it, --out_dir=OTHER starts beside it, "
-                                         "--force starts over"):
+                                         "--overwrite starts over"):
         run(seed=2)
     assert same(weights(), before)
     os.unlink("out/ckpt.pt")                                    # the best alone is worth as much
     with pytest.raises(ValueError, match="out holds a run at step 2"):
         run(seed=2)
     assert Path("out/best.pt").exists()
-    run(seed=2, force=True, max_iters=1, eval_interval=5)
+    run(seed=2, overwrite=True, max_iters=1, eval_interval=5)
     assert checkpoint.load("out/best.pt")["iter_num"] == 1      # not the old run's
     assert checkpoint.load("out/ckpt.pt")["iter_num"] == 1 and len(log()) < 12
 
