@@ -229,6 +229,7 @@ def trace(model, batch_size, dtype=torch.bfloat16, compiled=False):
             hidden = compiled_hidden(model) if compiled else model.hidden
             if compiled:
                 model.loss_of_chunk = fused_chunk
+        traced.kind = "activations"
         idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long)
         for step in range(2):                   # the second one starts with gradients and state
             traced.kind = "activations"
@@ -428,7 +429,8 @@ def lines(plan, cfg, now=None):
     source = "" if t["prepared"] else f" (from {t['how']}; not prepared yet)"
     told = [
         f"model      {_count(n['total'])} parameters, {_count(n['without_embeddings'])} without "
-        f"embeddings: {groups}",
+        f"embeddings ({cfg.n_layer} layers x {cfg.n_head} heads x {cfg.n_embd})",
+        f"           {groups}",
         f"dataset    {t['where']}: {t['tokens']:,} tokens{error}{documents} to train on{source}",
         f"step       {t['per_step']:,} tokens = {cfg.batch_size} windows x "
         f"{cfg.gradient_accumulation_steps} micro-batches x {cfg.block_size}",

@@ -184,10 +184,10 @@ def free_memory(device):
         getattr(torch, device.type).empty_cache()
 
 
-def measured_flops(device, dtype, at_most_s=0.02, largest=4096):
-    """FLOP/s of a product of square matrices, the largest (from 256) that takes `at_most_s`."""
+def measured_flops(device, dtype, at_least_s=0.002, largest=8192):
+    """FLOP/s of a product of square matrices, the first (from 256 on) that takes `at_least_s`."""
     size, seconds = 256, 0.0
-    while seconds < at_most_s and size <= largest:
+    while seconds < at_least_s and size <= largest:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         seconds = math.inf
         for _ in range(3):

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import checkpoint
+import runtime
 import train
 from configurator import configure
 from conftest import PROJECT, documents, script, write_nanogpt, write_parquet
@@ -585,9 +587,9 @@ def test_it_tells_what_the_run_is_before_the_first_step(tiny, capsys):
     data = Dataset("data/tiny", "train", 16, 50304)
     model = GPT(GPTConfig(**model_args(TrainConfig(**{**TINY, **text}))))
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters" in told
-    assert f"{data.n_tokens:,} tokens to train on in {data.n_documents} documents" in told
+    assert f"{data.n_tokens:,} tokens in {data.n_documents} documents to train on" in told
     assert "96 tokens = 3 windows x 2 micro-batches x 16" in told
-    assert f"3 steps = 0.0 M tokens = {3 * 6 / data.n_windows:.2f} epochs" in told
+    assert f"3 steps = 288 tokens = {3 * 6 / data.n_windows:.2f} epochs" in told
     assert "warning" not in told and told.index("epochs") < told.index("step 0: val loss")
 
 
@@ -599,20 +601,150 @@ def test_it_warns_of_epochs_that_give_nothing(tiny, capsys):
             and f"--max_iters={4 * n // 8}" in told)
 
 
-def test_the_missions_plan_is_what_it_is():
-    """64 M parameters and 175 epochs, if the file has 0.7 G tokens."""
-    cfg = configure(TrainConfig, [str(PROJECT / "config/train_fineweb_4070_one_shard.py")])
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**model_args(cfg)))
+def test_a_dry_run_tells_the_plan_and_touches_nothing(tiny, capsys):
+    run(dry_run=True)
+    assert "micro-step" in capsys.readouterr().out and not Path("out").exists()
 
-    class Data:
-        folder, n_tokens, n_documents, block_size, n_windows = (
-            "data/fineweb", 703_000_000, 10**6, 1024, 703_000_000 // 1024)
-    told = "\n".join(train.plan(cfg, model, Data, Data, 2400))
-    assert "64.0 M parameters, 37.8 M without embeddings (12 layers x 8 heads x 512)" in told
-    assert "491,520 tokens = 12 windows x 40 micro-batches x 1024" in told
-    assert ("250,000 steps = 122.9 G tokens = 175 epochs" in told
-            and "175 epochs: about 4 are nearly" in told)
+
+# memory
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.30 GiB")
+
+
+def no_room_for(monkeypatch, most, error=FULL):
+    """Let every micro-batch of more than `most` windows run out of memory, half-way through."""
+    plain = GPT.loss
+
+    def loss(self, x, targets):
+        if len(x) > most and not isinstance(x, FakeTensor):         # which the plan traces
+            if torch.is_grad_enabled():
+                plain(self, x[:1], targets[:1]).backward()      # some gradients are there already
+            raise error
+        return plain(self, x, targets)
+    monkeypatch.setattr(GPT, "loss", loss)
+
+
+@pytest.mark.parametrize("error", [
+    FULL,
+    RuntimeError("MPS backend out of memory (MPS allocated: 18.03 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"
+                 " memory: you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)")])
+@pytest.mark.parametrize("most, told", [(2, {"a step": 2, "an evaluation": 2}), (1, {"a step": 1})])
+def test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_losses(
+        tiny, monkeypatch, capsys, most, told, error):
+    run(out_dir="out-room")
+    no_room_for(monkeypatch, most, error)
+    run(out_dir="out-full")
+    said = capsys.readouterr().out
+    for what, B in told.items():
+        assert f"out of memory in {what}: going on with {B} windows at a time" in said
+    room, full = log("out-room"), log("out-full")
+    assert room.keys() == full.keys()
+    assert all(full[k] == pytest.approx(room[k], abs=1e-4) for k in room)
+    for name, w in weights("out-room").items():
+        assert torch.allclose(w, weights("out-full")[name], atol=1e-3), name
+
+
+def test_the_type_of_error_that_cuda_raises_is_known():
+    assert torch.cuda.OutOfMemoryError is torch.OutOfMemoryError
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+    assert not runtime.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_one_window_that_does_not_fit_is_one_sentence_and_loses_nothing(tiny, monkeypatch):
+    run(max_iters=2)
+    before = weights()
+    no_room_for(monkeypatch, 0)
+    with pytest.raises(ValueError, match="out of memory in a step with 1 windows at a time, cpu. A "
+                                         "smaller block_size, n_layer or n_embd fits"):
+        run(init_from="resume", max_iters=4, eval_interval=50)
+    assert same(weights(), before)
+
+
+def test_an_error_that_is_not_about_memory_keeps_its_traceback(tiny, monkeypatch):
+    no_room_for(monkeypatch, 0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_a_real_limit_of_memory_is_survived(tiny):
+    """32 windows of 256 need more than what is left, a few of them do not."""
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(PROJECT)!r})
+import torch, train
+train.plan.machine = lambda *a: {{"name": "cpu", "kind": "cpu", "memory": 1e12, "room": 1e12,
+                                 "flops": 1e12, "rated": False}}
+evaluate, limit = train.evaluate, []
+def and_then_limit(*a):             # when all threads run
+    value = evaluate(*a)
+    if not limit:
+        limit.append(int(open("/proc/self/statm").read().split()[0]) * 4096 + 350 * 2**20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit[0], limit[0]))
+    return value
+train.evaluate = and_then_limit
+from configurator import configure
+train.main(configure(train.TrainConfig, sys.argv[1:]))
+"""
+    small = dict(dataset="tiny", vocab_size=50304, block_size=256, n_embd=64, n_layer=2,
+                 gradient_accumulation_steps=1, max_iters=2, eval_iters=1, learning_rate=1e-4)
+    done = subprocess.run([sys.executable, "-c", program,
+                           *arguments(**{**small, "batch_size": 32, "out_dir": "out-full"})],
+                          text=True, capture_output=True, cwd=tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "out of memory in a step: going on with" in done.stdout
+    run(**{**small, "batch_size": 2, "gradient_accumulation_steps": 16, "eval_iters": 16})
+    one, other = log("out-full"), log()
+    assert all(one[k] == pytest.approx(other[k], abs=1e-4) for k in other)
+
+
+@pytest.mark.parametrize("settings, B, accumulation", [
+    (dict(batch_size=0, tokens_per_step=128), 8, 1), (dict(tokens_per_step=256), 4, 4)])
+def test_a_step_of_so_many_tokens_reads_the_same_windows_however_it_is_cut(
+        tiny, settings, B, accumulation):
+    tokens = settings["tokens_per_step"]
+    run(out_dir="out-told", batch_size=1, gradient_accumulation_steps=tokens // 16, eval_iters=12)
+    run(**{"eval_iters": 12 // B or 1, **settings})
+    told, found = log("out-told"), log()
+    assert {k for k in told if k[1] == "train_loss"} <= found.keys()
+    assert all(found[k] == pytest.approx(told[k], abs=1e-4) for k in told if k[1] == "train_loss")
+    cfg = checkpoint.load("out/ckpt.pt")["config"]
+    assert (cfg["batch_size"], cfg["gradient_accumulation_steps"]) == (B, accumulation)
+
+
+def test_batch_size_0_keeps_the_tokens_of_a_step_that_the_config_gives(tmp_path):
+    mission = str(PROJECT / "config/train_fineweb_4070_one_shard.py")
+    assert configure(TrainConfig, [mission, "--batch_size=0"]).tokens_per_step == 491_520
+    cfg = configure(TrainConfig, [mission, "--batch_size=0", "--tokens_per_step=524288"])
+    assert cfg.tokens_per_step == 524_288
+    (tmp_path / "own.py").write_text("batch_size = 0\nblock_size = 256\n")
+    assert configure(TrainConfig, [str(tmp_path / "own.py")]).tokens_per_step == 12 * 40 * 256
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(tokens_per_step=100), "tokens_per_step = 100 is not a multiple of batch_size x block_size"
+                                " = 64. Nearest that works: 64"),
+    (dict(tokens_per_step=100, batch_size=0), "not a multiple of block_size = 16. Nearest that "
+                                              "works: 96"),
+    (dict(batch_size=0), "batch_size = 0 takes what fits, and needs tokens_per_step"),
+    (dict(batch_size=-1), "0 takes what fits")])
+def test_steps_that_cannot_be_cut_are_named(settings, words):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**{**TINY, **settings})
+    assert words in str(error.value)
+
+
+def test_what_does_not_fit_is_refused_with_what_does_unless_forced(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train.plan, "machine", lambda *a: {
+        "name": "a small card", "kind": "cuda", "memory": 3e6, "room": 2e6, "flops": None,
+        "rated": False})
+    with pytest.raises(ValueError, match=r"batch_size = 64 needs 5 MiB of memory and a small card "
+                                         r"has room for 2 MiB. --batch_size=\d+ .*--force starts"):
+        run(batch_size=64)
+    assert not Path("out").exists()
+    run(batch_size=64, max_iters=1, force=True)
+    assert "DOES NOT FIT" in capsys.readouterr().out and checkpoint.in_folder("out")
 
 
 def test_the_bar_shows_loss_rate_epoch_and_time_left(tiny):

@@ -1,0 +1,306 @@
+"""Every number of the plan against an independent count."""
+import json
+import math
+import time
+from datetime import datetime
+
+import pytest
+import torch
+
+import model as model_file
+import plan
+from configurator import configure
+from conftest import PROJECT, documents, script, write_parquet
+from loader import Dataset
+from model import GPT, GPTConfig, model_args
+from tokenizer import GPT2Tokenizer
+from train import TrainConfig
+
+MISSION = str(PROJECT / "config/train_fineweb_4070_one_shard.py")
+SMALL = GPTConfig(block_size=64, vocab_size=3200, n_layer=3, n_head=2, n_embd=64, bias=False)
+CARD = {"name": "a card", "kind": "cuda", "memory": 12e9, "room": 11e9, "flops": 50e12,
+        "rated": True}
+TEXT = {"where": "text", "tokens": 10_000_001, "documents": 10, "error": 0, "how": "", "val_tokens":
+        100_000, "prepared": True}
+GIB = 2**30
+
+
+def small_cfg(**settings):
+    return TrainConfig(**{**model_args(SMALL), "batch_size": 4, "gradient_accumulation_steps": 6,
+                          "max_iters": 100, "eval_interval": 30, "eval_iters": 5,
+                          "lr_decay_iters": 3000, **settings})
+
+
+def test_the_missions_plan_says_what_it_is_in_seconds_and_without_a_gpu(work):
+    began = time.time()
+    told = script("plan.py", MISSION, "--device_name=RTX 4070", "--n_tokens=703_500_000",
+                  cwd=work).stdout
+    assert time.time() - began < 30         # 9 s alone on two cores; tests may run beside others
+    for words in ("64.0 M parameters, 37.8 M without embeddings (12 layers x 8 heads x 512)",
+                  "491,520 tokens = 12 windows x 40 micro-batches x 1024",
+                  "250,000 steps = 122.88 G tokens = 176 epochs", "4 epochs: --max_iters=5696",
+                  "7.1 s and 501 evaluations", "20.5 days", "of the 58.3 TFLOP/s, assumed",
+                  "GiB to spare"):
+        assert words in told, told
+
+
+def test_the_missions_memory_leaves_most_of_12_gib():
+    cfg = configure(TrainConfig, [MISSION])
+    room = plan.machine(torch.device("cpu"), torch.bfloat16, "RTX 4070")["room"]
+    assert 10.7 < room / GIB < 11.2
+    eager, compiled = (plan.trace(GPTConfig(**model_args(cfg)), 12, compiled=c)
+                       for c in (False, True))
+    assert compiled["micro_step"] < eager["micro_step"] < 4.5 * GIB
+    assert plan.needed(plan.trace(GPTConfig(**model_args(cfg)), 32)) < room
+    big = GPTConfig(**{**model_args(cfg), "n_head": 12, "n_embd": 768})
+    assert plan.needed(plan.trace(big, 16)) < room
+
+
+# parameters
+
+def test_parameters_are_those_of_the_model_and_the_groups_add_up():
+    n = plan.make(small_cfg(), SMALL, TEXT, CARD, torch.float32, False)["parameters"]
+    model = GPT(SMALL)
+    by_name = {"token embedding": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.",
+               "norms": "ln_"}
+    for group, part in by_name.items():
+        assert n[group] == sum(p.numel() for name, p in model.named_parameters() if part in name)
+    assert n["total"] == sum(p.numel() for p in model.parameters()) == sum(n[g] for g in by_name)
+
+
+# tokens
+
+def test_tokens_epochs_and_steps_are_those_of_a_count_by_hand():
+    t = plan.make(small_cfg(), SMALL, TEXT, CARD, torch.float32, False)["tokens"]
+    assert t["per_step"] == 4 * 6 * 64 and t["run"] == 100 * 4 * 6 * 64
+    windows = 0
+    while (windows + 1) * 64 + 1 <= TEXT["tokens"]:
+        windows += 1
+    assert t["unique"] == windows * 64 and t["epochs"] == t["run"] / t["unique"]
+    assert t["steps_of_4_epochs"] == 4 * windows * 64 // t["per_step"]
+    assert t["repeated"] == 0 and t["worth"] == t["run"]
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 1.7, 4, 16, 175])
+def test_repeated_tokens_are_worth_what_the_law_says(epochs):
+    """Each repetition is worth e^(-r / R*) of a new token: a sum over thin slices of the run."""
+    slices = 20_000
+    by_hand = min(epochs, 1) + sum(
+        math.exp(-(max(epochs - 1, 0) * (i + 0.5) / slices) / 15.387756)
+        for i in range(slices)) * max(epochs - 1, 0) / slices
+    assert plan.effective_tokens(1e9, epochs * 1e9) == pytest.approx(by_hand * 1e9, rel=1e-6)
+    assert plan.tokens_worth(by_hand * 1e9, 1e9) == pytest.approx(epochs * 1e9, rel=1e-3)
+
+
+def test_what_no_number_of_epochs_is_worth_is_said():
+    assert plan.tokens_worth(17e9, 1e9) is None and plan.effective_tokens(1e9, 1e15) < 17e9
+    hungry = {**TEXT, "tokens": 1001}
+    told = plan.make(small_cfg(max_iters=1), SMALL, hungry, CARD, torch.float32, False)
+    assert "more than this data can be worth" in "\n".join(plan.lines(told, small_cfg()))
+
+
+def truth(texts):
+    encode = GPT2Tokenizer().encode
+    return sum(len(encode(text)) + 1 for text in texts)
+
+
+def test_a_file_that_counts_its_tokens_is_believed(work):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    texts = documents(300)
+    pq.write_table(pa.table({"text": texts, "token_count": [truth([t]) - 1 for t in texts]}),
+                   "a.parquet")
+    found = plan.count_parquet("a.parquet")
+    assert (found["tokens"], found["documents"], found["error"]) == (truth(texts), 300, 0)
+    assert found["how"] == "its column token_count"
+
+
+def test_a_file_that_does_not_is_sampled_and_the_error_bar_is_honest(work):
+    inside = 0
+    for seed in range(20):
+        texts = documents(3000, seed=seed)
+        write_parquet("a.parquet", texts, compression="zstd", use_dictionary=False)
+        found = plan.count_parquet("a.parquet")
+        assert found["documents"] == 3000 and 0 < found["error"] < 0.05 * found["tokens"]
+        assert "8 of its 30 row groups" in found["how"]
+        inside += abs(found["tokens"] - truth(texts)) <= found["error"]
+    assert inside >= 16                     # of 20: two standard errors, estimated from 8 groups
+
+
+def test_a_file_of_few_row_groups_is_counted_whole(work):
+    texts = documents(300)
+    found = plan.count_parquet(write_parquet("a.parquet", texts))
+    assert (found["tokens"], found["error"]) == (truth(texts), 0)
+
+
+def test_the_plan_before_preparing_is_the_plan_after(tiny):
+    """But for which documents are drawn for validation."""
+    write_parquet("data/other/a.parquet", documents(3000))
+    before = json.loads(script("plan.py", "--dataset=other", "--json", "--block_size=64",
+                               "--n_layer=1", "--compile=False", cwd=tiny).stdout)
+    script("prepare.py", "--dataset=other", "--num_proc=1", "--val_fraction=0.005", cwd=tiny)
+    after = json.loads(script("plan.py", "--dataset=other", "--json", "--block_size=64",
+                              "--n_layer=1", "--compile=False", cwd=tiny).stdout)
+    assert not before["tokens"]["prepared"] and after["tokens"]["prepared"]
+    assert before["disk"]["data"] > 0 == after["disk"]["data"]
+    assert after["tokens"]["tokens"] == Dataset("data/other", "train", 64, 50304).n_tokens
+    assert before["tokens"]["tokens"] == pytest.approx(
+        after["tokens"]["tokens"], abs=0.005 * after["tokens"]["tokens"]
+        + before["tokens"]["error"])
+
+
+def test_without_any_data_it_says_how_to_plan_all_the_same(work):
+    done = script("plan.py", MISSION, cwd=work, check=False)
+    assert done.returncode == 1 and "--n_tokens=700_000_000" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# memory
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_gradients_and_optimizer_take_4_4_and_8_bytes_a_parameter(compiled):
+    traced = plan.trace(SMALL, 4, compiled=compiled)
+    n = sum(-(-p.numel() * 4 // 512) * 512 for p in GPT(SMALL).parameters())
+    kinds = traced["by_kind"]
+    assert kinds["weights"] == kinds["gradients"] == n
+    assert 2 * n <= kinds["optimizer"] < 2 * n + 512 * 2 * len(list(GPT(SMALL).parameters()))
+    assert sum(kinds.values()) == traced["micro_step"]
+    assert traced["optimizer_step"] >= 4 * n and traced["evaluation"] > 3 * n
+
+
+def saved_bytes(loss, model):
+    """Bytes that autograd keeps for the backward of `loss`, weights not counted."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept, seen, todo = {}, set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [function for function, _ in node.next_functions]
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        saved += list(getattr(node, "saved_tensors", ()))
+        for tensor in saved:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in weights:
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activations_are_what_a_real_model_keeps(monkeypatch, compiled):
+    monkeypatch.setattr(model_file, "causal_attention", lambda q, k, v, dropout:
+                        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    model = GPT(SMALL)
+    if compiled:
+        model.compile(dynamic=False)
+    idx = torch.randint(3200, (16, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model.hidden(idx)
+    kept = saved_bytes(x, model)
+    traced = plan.trace(SMALL, 16, compiled=compiled)["by_kind"]["activations"]
+    assert kept <= traced <= (1.2 if compiled else 1.1) * kept, (traced, kept)
+
+
+def test_a_model_that_returns_its_logits_is_traced_with_them():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SMALL
+            self.wte = torch.nn.Embedding(3200, 64)
+
+        def forward(self, idx, targets):
+            logits = self.wte(idx) @ self.wte.weight.T
+            return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1),
+                                                             targets.flatten())
+    peak = plan.trace(Plain, 8, torch.float32)["micro_step"]
+    logits = 8 * 64 * 3200 * 4              # they, their log-softmax and its gradient at least
+    assert 3 * logits < peak < 5 * logits + 20 * 3200 * 64 * 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_largest_batch_is_the_largest_that_fits(compiled):
+    traced = {d: plan.trace(SMALL, d, compiled=compiled) for d in range(1, 25) if 24 % d == 0}
+    for room in (3.5e6, 7e6, 8e6, 1e7, 1.5e7, 1e12):
+        found = plan.largest_batch(SMALL, 24, room, torch.bfloat16, compiled)
+        fits = max((d for d in traced if plan.needed(traced[d]) <= room), default=0)
+        assert found == (fits, traced[fits or 1]), room
+
+
+def test_what_does_not_fit_names_what_does():
+    cfg, card = small_cfg(batch_size=24, gradient_accumulation_steps=2), {**CARD, "room": 2e7}
+    planned = plan.make(cfg, SMALL, TEXT, card, torch.bfloat16, False)
+    B, accumulation = (planned["memory"][k] for k in ("largest_batch_size", "its_accumulation"))
+    assert B * accumulation == 48 and 0 < B < 24
+    told, = plan.refusals(planned, cfg)
+    assert (f"needs {plan._gib(planned['memory']['needed'])}" in told
+            and f"--batch_size={B} --gradient_accumulation_steps={accumulation} fits" in told)
+    fits = small_cfg(batch_size=B, gradient_accumulation_steps=accumulation)
+    assert not plan.refusals(plan.make(fits, SMALL, TEXT, card, torch.bfloat16, False), fits)
+
+
+def test_tracing_leaves_the_random_numbers_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    plan.trace(GPTConfig(**{**model_args(SMALL), "dropout": 0.1}), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# the machine, time and disk
+
+@pytest.mark.parametrize("name", ["RTX 4070", "rtx 4070", "4070", "NVIDIA GeForce RTX 4070"])
+def test_a_card_is_found_by_any_of_its_names(name):
+    on = plan.machine(torch.device("cpu"), torch.bfloat16, name)
+    assert on["flops"] == 58.3e12 and on["memory"] / GIB == pytest.approx(11.7, abs=0.05)
+
+
+def test_a_card_that_is_not_known_names_its_neighbours():
+    with pytest.raises(ValueError, match="'RTX 4071' is not in the table of cards; nearest: rtx 4"):
+        plan.machine(torch.device("cpu"), torch.bfloat16, "RTX 4071")
+
+
+def test_time_is_flops_over_half_of_the_peak_or_what_was_measured():
+    cfg = small_cfg()
+    matmul = sum(p.numel() for name, p in GPT(SMALL).named_parameters()
+                 if p.dim() == 2 and "wpe" not in name)
+    a_token = 6 * matmul + sum(6 * 2 * 64 * 3 * (t + 1) for t in range(64)) / 64    # causal pairs
+    s = plan.make(cfg, SMALL, TEXT, CARD, torch.float32, False)["time"]
+    assert s["flops_per_step"] == pytest.approx(a_token * 4 * 6 * 64, rel=0.01)
+    assert s["step"] == pytest.approx(s["flops_per_step"] / 25e12)
+    assert s["evaluations"] == len([i for i in range(101) if i % 30 == 0 or i == 100])
+    assert s["val_tokens"] == 5 * 4 * 64
+    assert s["evaluation"] == pytest.approx(s["step"] * s["val_tokens"] / (4 * 6 * 64) / 3)
+    assert s["run"] == pytest.approx(100 * s["step"] + 5 * s["evaluation"])
+    measured = plan.make(cfg, SMALL, TEXT, CARD, torch.float32, False, measured=1000.0)
+    assert measured["time"]["step"] == 4 * 6 * 64 / 1000
+    told = "\n".join(plan.lines(measured, cfg, now=datetime(2026, 1, 1)))
+    assert "as measured in this run" in told and "to Thursday 2026-01-01 00:02" in told
+
+
+def test_the_rate_that_a_run_had_on_this_device_is_read_from_its_log(work):
+    lines = [dict(event="start", device="here"), dict(tokens_per_s=5.0), dict(tokens_per_s=7.0),
+             dict(tokens_per_s=None), dict(event="start", device="there"), dict(tokens_per_s=9.0)]
+    (work / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"half')
+    assert plan.measured_rate("log.jsonl", "here") == 7.0
+    assert plan.measured_rate("log.jsonl", "there") == 9.0
+    assert plan.measured_rate("log.jsonl", "elsewhere") is None
+    assert plan.measured_rate("none.jsonl", "here") is None
+
+
+def test_a_checkpoint_is_as_large_as_planned_and_a_full_disk_is_refused(tiny, monkeypatch):
+    import train
+    cfg = TrainConfig(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2,
+                      n_embd=128, batch_size=4, gradient_accumulation_steps=2, max_iters=1,
+                      device="cpu", compile=False, eval_iters=2)
+    train.main(cfg)
+    planned = plan.make(cfg, GPTConfig(**model_args(cfg)), TEXT, CARD, torch.float32, False)
+    size = (tiny / "out" / "ckpt.pt").stat().st_size
+    assert planned["disk"]["checkpoint"] == pytest.approx(size, rel=0.05)
+    planned["disk"]["free"] = 2 * size
+    assert "Make room, or give --out_dir on another disk" in plan.refusals(planned, cfg)[0]
+
+
+def test_json_holds_every_number(tiny):
+    told = json.loads(script("plan.py", "--dataset=letters", "--json", "--block_size=16",
+                             "--vocab_size=64", "--n_layer=1", "--compile=False", cwd=tiny).stdout)
+    assert set(told) == {"machine", "parameters", "tokens", "memory", "time", "disk", "refusals"}
+    assert told["tokens"]["tokens"] == 5000 and told["machine"]["kind"] == "cpu"
