@@ -28,7 +28,7 @@ import runtime
 import train
 from configurator import run
 
-ROWS = Path(__file__).resolve().parent / "dev" / "bench.jsonl"
+ROWS = Path("dev") / "bench.jsonl"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Plain(nn.Module):
     def forward(self, idx, targets):
         x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
         logits = self.ln_f(self.h(x)) @ self.wte.weight.T                     # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 class Step:
@@ -84,12 +84,27 @@ class Step:
         self.autocast = torch.autocast(device.type, dtype=dtype,
                                        enabled=dtype is not torch.float32)
         self.optimizer = train.configure_optimizer(self.model, cfg, device)
-        self.seconds = {"forward": [], "backward": [], "optimizer": []}
+        self.seconds = {"micro": [], "forward": [], "backward": [], "optimizer": []}
 
-    def micro_step(self, idx, targets):
+    def forward(self, idx, targets):
+        # nanoGPT compiles with torch's own choice of what to keep for the backward
+        with torch._functorch.config.patch(
+                ban_recompute_materialized_backward=self.name == "compiled"), self.autocast:
+            out = self.model(idx, targets)
+        return (None, out) if torch.is_tensor(out) else out
+
+    def micro_steps(self, idx, targets, n):
+        """Back to back, as in a step of training."""
         began = self.now()
-        with self.autocast:
-            loss = self.model(idx, targets)
+        for _ in range(n):
+            logits, loss = self.forward(idx, targets)   # held until the next, as in nanoGPT's loop
+            loss.backward()
+        self.seconds["micro"].append((self.now() - began) / n)
+
+    def phases(self, idx, targets):
+        """One micro-step that waits for the device between its parts."""
+        began = self.now()
+        logits, loss = self.forward(idx, targets)
         done = self.now()
         loss.backward()
         self.seconds["forward"].append(done - began)
@@ -107,10 +122,6 @@ class Step:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def micro_seconds(self):
-        return [f + b for f, b in zip(self.seconds["forward"], self.seconds["backward"],
-                                      strict=True)]
-
     def forget(self):
         self.seconds = {name: [] for name in self.seconds}
 
@@ -125,13 +136,13 @@ def make_step(kind, cfg, model, device, dtype):
 
 def peak_memory(step, idx, targets):
     """Bytes of weights, gradients, optimizer and one micro-step at its peak, or None if unknown."""
-    step.micro_step(idx, targets)
+    step.micro_steps(idx, targets, 1)
     step.update()
-    step.micro_step(idx, targets)           # from here on everything is there that a step has
+    step.micro_steps(idx, targets, 1)       # from here on everything is there that a step has
     runtime.free_memory(step.device)
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step.micro_step(idx, targets)
+        step.micro_steps(idx, targets, 1)
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if step.device.type != "cpu" or not status.is_file():
@@ -142,7 +153,7 @@ def peak_memory(step, idx, targets):
                     if line.startswith(name))
     Path("/proc/self/clear_refs").write_text("5")           # the peak starts here
     before = kib("VmRSS:")
-    step.micro_step(idx, targets)
+    step.micro_steps(idx, targets, 1)
     state = 16 * sum(p.numel() for p in step.model.parameters())
     return state + (kib("VmHWM:") - before) * 1024
 
@@ -199,7 +210,9 @@ def main(cfg):
         for step in steps:
             if r == 2:
                 step.forget()
-            step.micro_step(*batch)
+            step.micro_steps(*batch, n=8 if device.type == "cuda" else 1)
+            if step is steps[0]:
+                step.phases(*batch)
             step.update()
         peaks.append(runtime.measured_flops(device, dtype, at_least_s=0.1))
     ours, peak = steps[0], max(peaks)
@@ -215,7 +228,7 @@ def main(cfg):
         save = time.perf_counter() - began
 
     median = {name: statistics.median(s) for name, s in ours.seconds.items()}
-    micro = statistics.median(ours.micro_seconds())
+    micro = median.pop("micro")
     whole = cfg.gradient_accumulation_steps * (micro + statistics.median(waited[2:])) \
         + median["optimizer"]
     rate = plan.tokens_per_step(cfg) / whole
@@ -237,7 +250,7 @@ def main(cfg):
         name = f"{'bf16' if step.autocast._enabled else 'fp32'} " \
             f"{'compiled' if step.name == 'compiled' else 'eager'}"
         ratios = sorted(theirs / mine for theirs, mine in
-                        zip(step.micro_seconds(), ours.micro_seconds(), strict=True))
+                        zip(step.seconds["micro"], ours.seconds["micro"], strict=True))
         row[step.name] = {"speedup": statistics.median(ratios), "from": ratios[0],
                           "to": ratios[-1], "memory": memory[step.name]}
         share = f"{memory['ours'] / memory[step.name]:.2f}" if memory["ours"] else "an unknown part"

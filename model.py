@@ -135,8 +135,9 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:                                               # each sees its own and all of the past
             k, v = cache.extend(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype))
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device)
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask.tril(k.size(2) - T))
+            mask = None if T == 1 else torch.ones(
+                T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 

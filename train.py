@@ -334,8 +334,8 @@ def main(cfg):
     # what it will cost, and whether it can work
     on, traced = plan.machine(device, dtype), None
     if not cfg.batch_size:
-        B, accumulation, traced = plan.choose_batch(cfg, model.config, on, dtype, cfg.compile,
-                                                    world.size)
+        B, accumulation, traced = world.gather(plan.choose_batch(
+            cfg, model.config, on, dtype, cfg.compile, world.size))[0]
         cfg = replace(cfg, batch_size=B, gradient_accumulation_steps=accumulation)
     rate = plan.measured_rate(out_dir / "log.jsonl", runtime.device_name(device)) \
         if cfg.init_from == "resume" else None
@@ -402,6 +402,7 @@ def main(cfg):
     peak_flops = runtime.peak_flops(device, dtype)
 
     def save():
+        gc.collect()
         rng = world.gather(runtime.rng_state(device))
         if world.is_main:
             checkpoint.save({
@@ -441,7 +442,7 @@ def main(cfg):
 
     micro_batches = micro_batches_of(B)
     gc.collect()
-    gc.disable()                            # it would go through all objects in mid-step
+    gc.disable()                            # it would go through all objects in mid-step; see save
     began = saved_at = time.time()
     step_at_start, seconds, steps_timed = step, 0.0, 0
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
@@ -455,7 +456,6 @@ def main(cfg):
             val_loss, B_eval = smaller_when_full(
                 lambda B: evaluate(model, val, n_val, B, world, autocast),
                 B_eval, world, "an evaluation")
-            gc.collect()
             say(f"step {step:,}: val loss {val_loss:.4f}")
             if cfg.eval_only:
                 break
@@ -539,6 +539,7 @@ def main(cfg):
             seconds, steps_timed = 0.0, 0
 
     bar.close()
+    gc.enable()
     if not cfg.eval_only:
         why = "finished" if last else "max_hours are over" if out_of_time else "stopped on request"
         say(f"{why} at step {step:,} after {hours():.2f} hours, best val loss {best_val_loss:.4f}. "

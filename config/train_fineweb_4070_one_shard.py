@@ -12,7 +12,7 @@ always_save_checkpoint = True           # 0.8 GB at each evaluation; the best on
 wandb_log = False                       # log.jsonl has it all, without an account
 
 dataset = 'fineweb'                     # data/fineweb/, which prepare.py makes
-batch_size = 12                         # windows at a time; 4.4 GiB by a trace, so 12 GB have room
+batch_size = 12                         # windows at a time; 3.4 GiB planned, so 12 GB have room
 gradient_accumulation_steps = 40        # 12 x 40 x 1024 = 491,520 tokens a step, about GPT-2 124M's
 block_size = 1024                       # GPT-2's context; a FineWeb document has about 700 tokens
 

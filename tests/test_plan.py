@@ -35,7 +35,7 @@ def test_the_missions_plan_says_what_it_is_in_seconds_and_without_a_gpu(work):
     began = time.time()
     told = script("plan.py", MISSION, "--device_name=RTX 4070", "--n_tokens=703_500_000",
                   cwd=work).stdout
-    assert time.time() - began < 30         # 9 s alone on two cores; tests may run beside others
+    assert time.time() - began < 60         # 9 s alone on two cores; tests may run beside others
     for words in ("64.0 M parameters, 37.8 M without embeddings (12 layers x 8 heads x 512)",
                   "491,520 tokens = 12 windows x 40 micro-batches x 1024",
                   "250,000 steps = 122.88 G tokens = 176 epochs", "4 epochs: --max_iters=5696",
@@ -303,4 +303,4 @@ def test_json_holds_every_number(tiny):
     told = json.loads(script("plan.py", "--dataset=letters", "--json", "--block_size=16",
                              "--vocab_size=64", "--n_layer=1", "--compile=False", cwd=tiny).stdout)
     assert set(told) == {"machine", "parameters", "tokens", "memory", "time", "disk", "refusals"}
-    assert told["tokens"]["tokens"] == 5000 and told["machine"]["kind"] == "cpu"
+    assert told["tokens"]["tokens"] == 5000 and told["machine"]["kind"] in ("cpu", "cuda", "mps")

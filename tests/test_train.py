@@ -1,4 +1,5 @@
 """The run as a whole. Most tests run train.main in this process, uncompiled and in fp32."""
+import gc
 import json
 import math
 import os
@@ -60,6 +61,7 @@ def signals():
     """Leave the signal handlers as they were."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
+    gc.enable()
     for s, handler in before.items():
         signal.signal(s, handler)
 
