@@ -331,13 +331,11 @@ def machine(device, dtype, device_name=""):
 def choose_batch(cfg, config, on, dtype, compiled, world_size=1):
     """(batch_size, gradient_accumulation_steps, trace) for batch_size = 0."""
     windows = tokens_per_step(cfg) // cfg.block_size // world_size
-    known = None
     most = max(MOST_TOKENS.get(on["kind"], MOST_TOKENS["cpu"]) // cfg.block_size, 1)
     B = divisor(windows, most)
     traced = trace(config, B, dtype, compiled)
     if needed(traced) > on["room"]:
-        known = B, traced
-        B, traced = largest_batch(config, windows, on["room"], dtype, compiled, known)
+        B, traced = largest_batch(config, windows, on["room"], dtype, compiled, (B, traced))
     B = B or 1                                              # which the plan then refuses
     return B, windows // B * world_size, traced
 

@@ -502,10 +502,10 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        if step == step_at_start + 1 and device.type == "cuda" and world.is_main:
+        if step == step_at_start + 2 and device.type == "cuda" and world.is_main:
             used, held = (most(device) / 2**30 for most in (torch.cuda.max_memory_allocated,
                                                             torch.cuda.max_memory_reserved))
-            say(f"memory     {used:.2f} GiB at the peak of the first step, {held:.2f} held; "
+            say(f"memory     {used:.2f} GiB at the peak of two steps, {held:.2f} are held for it; "
                 f"{planned['memory']['needed'] / 2**30:.2f} planned")
 
         # tell; the first step of a process compiles, so its time says nothing
