@@ -441,8 +441,8 @@ def main(cfg):
                           autocast, scaler)
 
     micro_batches = micro_batches_of(B)
-    gc.collect()
-    gc.disable()                            # it would go through all objects in mid-step; see save
+    gc.freeze()                             # what is here stays; the rest is collected in save(),
+    gc.disable()                            # and not in mid-step
     began = saved_at = time.time()
     step_at_start, seconds, steps_timed = step, 0.0, 0
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
@@ -540,6 +540,7 @@ def main(cfg):
 
     bar.close()
     gc.enable()
+    gc.unfreeze()
     if not cfg.eval_only:
         why = "finished" if last else "max_hours are over" if out_of_time else "stopped on request"
         say(f"{why} at step {step:,} after {hours():.2f} hours, best val loss {best_val_loss:.4f}. "

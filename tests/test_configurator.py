@@ -83,7 +83,7 @@ def test_the_result_cannot_be_changed():
     ("--batch_size=big", "--batch_size=big: batch_size is a number (int)"),
     ("--batch_size=1.5", "batch_size is of type int, not float"),
     ("--compile=maybe", "compile is True or False"),
-    ("--batch_size=0", "batch_size = 0 must be at least 1"),
+    ("--block_size=0", "block_size = 0 must be at least 1"),
     ("--n_head=7",
      "n_embd = 768 does not divide into n_head = 7 heads. Nearest that works: n_embd = 763"),
     ("--dropout=1.5", "dropout = 1.5 is a probability"),
