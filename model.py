@@ -185,11 +185,11 @@ def loss_of_chunk(x, w, targets, counts, grad_w):
         return total, None
     if torch.compiler.is_compiling():       # becomes one pass, which a scatter would cut into three
         columns = torch.arange(w.size(0), device=w.device)
-        grad = (logits - logsumexp).exp() - (columns == targets).to(logits.dtype)
+        grad = ((logits - logsumexp).exp() - (columns == targets).to(logits.dtype)) * counts
     else:
         grad = logits.sub_(logsumexp).exp_()
-        grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
-    grad = (grad * counts if torch.compiler.is_compiling() else grad.mul_(counts)).to(w.dtype)
+        grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype)).mul_(counts)
+    grad = grad.to(w.dtype)
     grad_w += grad.T @ x
     return total, grad @ w
 

@@ -172,9 +172,10 @@ def memory(device):
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError says that memory is used up: CUDA's own type, or MPS's or a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in (
-        "out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"))
+    """Whether an error says that memory is used up: CUDA's own type, or MPS's or a CPU's words."""
+    words = "out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
+        or any(phrase in str(error) for phrase in words)
 
 
 def free_memory(device):
