@@ -110,13 +110,14 @@ def of_dataset(data, val):
             "error": 0, "how": "prepared", "val_tokens": val.n_tokens, "prepared": True}
 
 
-def of_parquet(path, text_column="text", val_fraction=0.005):
-    """The same of a parquet file that prepare.py has not seen, which keeps some for validation."""
-    found = count_parquet(path, text_column)
-    val = round(found["tokens"] * val_fraction)
-    return {**found, "where": str(path), "tokens": found["tokens"] - val, "val_tokens": val,
-            "documents": found["documents"] - round(found["documents"] * val_fraction),
-            "prepared": False}
+def not_prepared(where, found):
+    """The same of what prepare.py has not seen, which will keep a part of it for validation."""
+    from prepare import BYTES_PER_TOKEN, val_share
+
+    share = val_share(found["tokens"] * BYTES_PER_TOKEN)
+    val = round(found["tokens"] * share)
+    return {**found, "where": str(where), "tokens": found["tokens"] - val, "val_tokens": val,
+            "documents": round(found["documents"] * (1 - share)), "prepared": False}
 
 
 # memory
@@ -340,11 +341,12 @@ def choose_batch(cfg, config, on, dtype, compiled, world_size=1):
     return B, windows // B * world_size, traced
 
 
-def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, traced=None):
+def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, traced=None, done=0):
     """The plan as a dict of numbers: bytes, seconds, tokens.
 
-    `cfg` is a TrainConfig, `config` the model's GPTConfig, `data` from of_dataset or of_parquet,
-    `on` a machine, `measured` tokens per second of all processes where they are known.
+    `cfg` is a TrainConfig, `config` the model's GPTConfig, `data` from of_dataset or not_prepared,
+    `on` a machine, `measured` tokens per second of all processes where they are known, `done` the
+    steps that a resumed run has behind it: time is for those that are left.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -379,19 +381,23 @@ def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, tr
         share, measured = SHARE_OF_PEAK, on["flops"] * SHARE_OF_PEAK / flops * world_size
     val_tokens = min(cfg.eval_iters * cfg.batch_size, max(data["val_tokens"] - 1, 0)
                      // cfg.block_size) * cfg.block_size
-    evaluations = cfg.max_iters // cfg.eval_interval + 1 + (cfg.max_iters % cfg.eval_interval > 0)
+    steps = max(cfg.max_iters - done, 0)
+    evaluations = cfg.max_iters // cfg.eval_interval - min(done, cfg.max_iters) \
+        // cfg.eval_interval + (done == 0) + (steps > 0 and cfg.max_iters % cfg.eval_interval > 0)
     seconds = {
         "flops_per_step": flops * per_step, "share_of_peak": share, "tokens_per_s": measured,
         "step": per_step / measured if measured else None,
         "evaluation": val_tokens / 3 / measured if measured else None,  # a forward is a third
-        "evaluations": evaluations, "val_tokens": val_tokens}
-    seconds["run"] = cfg.max_iters * seconds["step"] + evaluations * seconds["evaluation"] \
+        "steps": steps, "evaluations": evaluations, "val_tokens": val_tokens}
+    seconds["run"] = steps * seconds["step"] + evaluations * seconds["evaluation"] \
         if measured else None
 
     checkpoint = 12 * n["total"]                            # weights and AdamW's two moments, fp32
-    parent = next(p for p in (Path(cfg.out_dir).absolute(), *Path(cfg.out_dir).absolute().parents)
-                  if p.exists())
-    disk = {"checkpoint": checkpoint, "checkpoints": 3 * checkpoint,    # newest, best, one written
+    out_dir = Path(cfg.out_dir).absolute()
+    parent = next(p for p in (out_dir, *out_dir.parents) if p.exists())
+    there = {f.stat().st_ino: f.stat().st_size for f in out_dir.glob("*.pt")}   # links count once
+    disk = {"checkpoint": checkpoint,                       # newest, best and one being written:
+            "checkpoints": max(3 * checkpoint - sum(there.values()), 0),
             "data": 0 if data["prepared"] else 2 * (data["tokens"] + data["val_tokens"]),
             "free": shutil.disk_usage(parent).free}
     return {"machine": on, "parameters": {**n, **groups}, "tokens": tokens, "memory": memory,
@@ -464,14 +470,15 @@ def lines(plan, cfg, now=None):
         ends = (now or datetime.now()) + timedelta(seconds=min(s["run"], 1e10))
         told += [
             f"time       {_time(s['run'])}, to {ends:%A %Y-%m-%d %H:%M}: "
-            f"{cfg.max_iters:,} steps of {_time(s['step'])} and {s['evaluations']:,} evaluations "
+            f"{s['steps']:,} steps of {_time(s['step'])} and {s['evaluations']:,} evaluations "
             f"of {_time(s['evaluation'])}",
             f"           {work}; {s['tokens_per_s']:,.0f} tokens/s {how}"]
     else:
         told.append(f"time       {work}; how fast this machine is will show after some steps")
     disk = plan["disk"]
     told.append(
-        f"disk       {_gib(disk['checkpoint'])} a checkpoint, up to {_gib(disk['checkpoints'])}"
+        f"disk       {_gib(disk['checkpoint'])} a checkpoint, up to {_gib(disk['checkpoints'])} "
+        "to come"
         + (f", and {_gib(disk['data'])} of data" if disk["data"] else "")
         + f"; {_gib(disk['free'])} are free")
     return told
@@ -533,13 +540,12 @@ def main(cfg):
         else torch.bfloat16
     on = machine(device, dtype, cfg.device_name)
     folder = prepare.DATA / cfg.dataset
-    on_meta = torch.device("meta" if cfg.init_from in ("scratch", "resume") else "cpu")
-    with on_meta:
-        config = train.build_model(cfg, None, folder).config
+    parts = train.load_resume(cfg, None) if cfg.init_from == "resume" else None
+    with torch.device("meta" if cfg.init_from == "scratch" else "cpu"):
+        config = train.build_model(cfg, parts, folder).config
     if cfg.n_tokens:
-        val = round(cfg.n_tokens * 0.005)
-        data = {"where": "--n_tokens", "tokens": cfg.n_tokens - val, "val_tokens": val, "error": 0,
-                "documents": 0, "how": "the command line", "prepared": False}
+        data = not_prepared("--n_tokens", {"tokens": cfg.n_tokens, "documents": 0, "error": 0,
+                                           "how": "the command line"})
     elif (folder / "train.bin").exists() and not cfg.files:
         data = of_dataset(*(loader.Dataset(folder, split, cfg.block_size, config.vocab_size)
                             for split in ("train", "val")))
@@ -549,14 +555,15 @@ def main(cfg):
         except ValueError as error:
             raise ValueError(f"{error}, or say how much text there is "
                              "(--n_tokens=700_000_000)") from None
-        data = of_parquet(path)
-    rate = None if cfg.device_name else measured_rate(
+        data = not_prepared(path, count_parquet(path))
+    rate = None if cfg.device_name or not parts else measured_rate(
         Path(cfg.out_dir) / "log.jsonl", runtime.device_name(device))
     traced = None
     if not cfg.batch_size:
         B, accumulation, traced = choose_batch(cfg, config, on, dtype, cfg.compile)
         cfg = replace(cfg, batch_size=B, gradient_accumulation_steps=accumulation)
-    plan = make(cfg, config, data, on, dtype, cfg.compile, measured=rate, traced=traced)
+    plan = make(cfg, config, data, on, dtype, cfg.compile, measured=rate, traced=traced,
+                done=parts["iter_num"] if parts else 0)
     refused = refusals(plan, cfg)
     if cfg.json:
         print(json.dumps({**plan, "refusals": refused}, indent=1))

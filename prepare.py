@@ -75,6 +75,11 @@ class PrepareConfig:
                              "0 takes one per core")
 
 
+def val_share(n_bytes):
+    """Share of the documents that validate where nobody says: more of a small text of `n_bytes`."""
+    return min(max(0.005, VAL_TOKENS * BYTES_PER_TOKEN / max(n_bytes, 1)), MAX_VAL_FRACTION)
+
+
 def find_parquet(dataset):
     """The one parquet file that `dataset` can mean: in data/<dataset>/, or for 'fineweb' where our
     user puts it, else anywhere under data/.
@@ -453,8 +458,7 @@ def prepare(files, folder, cfg):
     num_proc = cfg.num_proc or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     n_bytes = sum(text_bytes(open_parquet(f, cfg.text_column), cfg.text_column) for f in files)
-    share = 0.0 if cfg.val else cfg.val_fraction or min(
-        max(0.005, VAL_TOKENS * BYTES_PER_TOKEN / max(n_bytes, 1)), MAX_VAL_FRACTION)
+    share = 0.0 if cfg.val else cfg.val_fraction or val_share(n_bytes)
     rows = sum(s["rows"] for s in asked["sources"])
     print(f"preparing {folder} from {', '.join(map(str, files))}: {rows:,} documents, "
           f"about {n_bytes / 1e6:,.0f} MB of text, {num_proc} process{'es' * (num_proc > 1)}, "

@@ -105,11 +105,10 @@ class TrainConfig(GPTConfig):
     def complete(cls, settings, in_files):
         """`settings` where batch_size = 0 keeps the tokens of a step that a config file gives."""
         if settings.get("batch_size") == 0 and not settings.get("tokens_per_step"):
-            known = {**{f: getattr(cls, f) for f in ("batch_size", "gradient_accumulation_steps",
-                                                     "block_size")}, **settings}
             batch_size = in_files.get("batch_size") or cls.batch_size
-            return {**settings, "tokens_per_step": batch_size * known["block_size"]
-                    * known["gradient_accumulation_steps"]}
+            others = (settings.get(name, getattr(cls, name))
+                      for name in ("gradient_accumulation_steps", "block_size"))
+            return {**settings, "tokens_per_step": math.prod((batch_size, *others))}
         return settings
 
 
@@ -318,10 +317,13 @@ def main(cfg):
         if obstacle:
             say(f"torch.compile cannot work here, going on without it (slower): {obstacle}")
             cfg = replace(cfg, compile=False)
-    if cfg.gradient_accumulation_steps % world.size:
-        nearest = max(cfg.gradient_accumulation_steps // world.size, 1) * world.size
-        raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} is not "
-                         f"a multiple of the {world.size} processes. Nearest that works: {nearest}")
+    shared, n = ("gradient_accumulation_steps", cfg.gradient_accumulation_steps) \
+        if cfg.batch_size else ("tokens_per_step / block_size",
+                                tokens_per_step(cfg) // cfg.block_size)
+    if n % world.size:
+        nearest = max(n // world.size, 1) * world.size
+        raise ValueError(f"{shared} = {n} is not a multiple of the {world.size} processes. "
+                         f"Nearest that works: {nearest}")
 
     # data, model, and whether they fit together and go on with what was
     parts = load_resume(cfg, world)
@@ -341,7 +343,7 @@ def main(cfg):
         if cfg.init_from == "resume" else None
     if world.is_main:
         planned = plan.make(cfg, model.config, plan.of_dataset(data, val), on, dtype, cfg.compile,
-                            world.size, rate, traced)
+                            world.size, rate, traced, parts["iter_num"] if parts else 0)
         say(f"machine    {on['name']} x {world.size}, {str(dtype).removeprefix('torch.')}, "
             f"torch {torch.__version__}")
         for line in plan.lines(planned, cfg):
