@@ -1,8 +1,9 @@
 """What is in a prepared dataset, and in which order is it read?
 
 A dataset is a folder with train.bin and val.bin (uint16 token ids), and from prepare.py also
-train.idx and val.idx (uint64 start of every document, and the end) and meta.json. nanoGPT's
-folders lack these; their documents are found by reading the file once.
+train.idx and val.idx (uint64 start of every document, and the end) and meta.json. It may come in
+parts (train.1.bin, train.2.bin, ...), which are read as if they were one file. nanoGPT's folders
+have no index; their documents are found by reading the file once.
 
 There is no state. Sample i of a run is a pure function of (seed, i): an epoch lays all documents
 end to end in a new order, a ring that is entered at a random place and cut into windows of
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,14 +22,21 @@ import numpy as np
 
 FORMAT = 1                          # of meta.json and the files that it describes
 END_OF_TEXT = 50256                 # GPT-2's, before every document
-UNFINISHED = "meta.json.new"        # exists while a finished prepare is renaming its files
 CHUNK = 1 << 24                     # tokens read at a time when a file is gone through
 
 
-def read_meta(folder):
-    """The dict of meta.json, or None for a folder without one (nanoGPT's)."""
-    path = Path(folder) / "meta.json"
-    if (path.parent / UNFINISHED).exists():
+def unfinished(folder, infix=""):
+    """The file that exists while a finished prepare is renaming its files."""
+    return Path(folder) / f"meta{infix}.json.new"
+
+
+def read_meta(folder, infix=""):
+    """The dict of meta.json, or None for a folder without one (nanoGPT's).
+
+    `infix` is '.2' for part 2 of a dataset.
+    """
+    path = Path(folder) / f"meta{infix}.json"
+    if unfinished(folder, infix).exists():
         raise ValueError(f"{folder} was being replaced when prepare.py was stopped; "
                          "run `python prepare.py` once more with the same settings, "
                          "which finishes it")
@@ -43,12 +52,70 @@ def read_meta(folder):
     return meta
 
 
+def is_prepared(folder):
+    """True if there is a train.bin, or one of its parts."""
+    return any(re.fullmatch(r"train(\.\d+)?\.bin", p.name) for p in Path(folder).glob("train*.bin"))
+
+
+def metas(folder):
+    """[(infix, meta)]: [("", meta)] of a whole dataset, [(".1", meta), ...] of one in parts, [] of
+    a folder without meta.json. Raises ValueError where parts are missing or are of different runs.
+    """
+    meta = read_meta(folder)
+    if meta:
+        return [("", meta)]
+    found = sorted(int(m[1]) for p in Path(folder).glob("meta.*.json*")
+                   if (m := re.fullmatch(r"meta\.(\d+)\.json(\.new)?", p.name)))
+    if not found:
+        return []
+    parts = {i: read_meta(folder, f".{i}") for i in dict.fromkeys(found)}
+    n = parts[found[0]]["part"][1]
+    same = [{**meta, "part": meta["part"][1],
+             "sources": [{**s, "sha256": None} for s in meta["sources"]],
+             **dict.fromkeys(("splits", "skipped", "token_count_column", "versions"))}
+            for meta in parts.values()]
+    for i, meta in zip(parts, same, strict=True):
+        if meta != same[0]:
+            raise ValueError(f"part {i} in {folder} was prepared from other files or with other "
+                             f"settings than part {found[0]}; prepare it again with the same")
+    missing = [i for i in range(1, n + 1) if i not in parts]
+    if missing:
+        raise ValueError(f"{folder} lacks part{'s' * (len(missing) > 1)} "
+                         f"{', '.join(map(str, missing))} of {n}: copy train.{missing[0]}.bin, .idx"
+                         f", val.{missing[0]}.bin, .idx and meta.{missing[0]}.json into it, or run "
+                         f"`python prepare.py --part={missing[0]}/{n}` with the same settings")
+    return [(f".{i}", parts[i]) for i in range(1, n + 1)]
+
+
 def sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+class Tokens:
+    """The token ids of one file, or of several as if they were one: tokens[begin:end]."""
+
+    def __init__(self, paths):
+        # an empty file cannot be mapped; a part may have no document for val
+        self.files = [np.memmap(path, np.uint16, "r") if path.stat().st_size
+                      else np.zeros(0, np.uint16) for path in paths]
+        self.ends = np.cumsum([len(f) for f in self.files])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, at):
+        begin, end, _ = at.indices(len(self))
+        i = int(np.searchsorted(self.ends, begin, side="right"))
+        pieces = []
+        while begin < end:
+            before = int(self.ends[i]) - len(self.files[i])
+            pieces.append(self.files[i][begin - before:end - before])
+            begin, i = begin + len(pieces[-1]), i + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
 
 
 class Dataset:
@@ -61,36 +128,45 @@ class Dataset:
 
     def __init__(self, folder, split, block_size, vocab_size, seed=0):
         self.folder, self.split, self.block_size, self.seed = Path(folder), split, block_size, seed
-        bin_path, idx_path = self.folder / f"{split}.bin", self.folder / f"{split}.idx"
-        meta = read_meta(folder)
-        if not bin_path.is_file():
-            raise FileNotFoundError(f"{bin_path} does not exist; "
-                                    "run `python prepare.py` to make it")
-        if bin_path.stat().st_size % 2:
-            raise ValueError(f"{bin_path} has an odd number of bytes, so it is not uint16 "
-                             "or was cut off; run `python prepare.py --force`")
-        if bin_path.stat().st_size == 0:
-            raise ValueError(f"{bin_path} is empty; run `python prepare.py --force`")
-        self.tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
+        parts = metas(folder)
+        paths = [self.folder / f"{split}{infix}.bin" for infix, _ in parts or [("", None)]]
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist; "
+                                        "run `python prepare.py` to make it")
+            if path.stat().st_size % 2:
+                raise ValueError(f"{path} has an odd number of bytes, so it is not uint16 "
+                                 "or was cut off; run `python prepare.py --force`")
+        self.tokens = Tokens(paths)
         self.n_tokens = len(self.tokens)
-        if meta:
-            told = meta["splits"][split]
-            self._verify(bin_path, told["tokens"] * 2, told["bin_sha256"])
-            self._verify(idx_path, told["documents"] * 8 + 8, told["idx_sha256"])
-            self.starts = np.memmap(idx_path, dtype=np.uint64, mode="r")
-            self.text_bytes, self.fingerprint = told["text_bytes"], told["bin_sha256"]
-            largest = told["max_token"]
+        if not self.n_tokens:
+            raise ValueError(f"{paths[0]} is empty; run `python prepare.py --force`")
+        if parts:
+            told = [meta["splits"][split] for _, meta in parts]
+            starts, before = [np.zeros(1, np.uint64)], 0
+            for path, part in zip(paths, told, strict=True):
+                self._verify(path, part["tokens"] * 2, part["bin_sha256"])
+                index = path.with_suffix(".idx")
+                self._verify(index, part["documents"] * 8 + 8, part["idx_sha256"])
+                starts.append(np.memmap(index, np.uint64, "r")[1:] + np.uint64(before))
+                before += part["tokens"]
+            self.starts = np.concatenate(starts)
+            self.text_bytes = sum(part["text_bytes"] for part in told)
+            sums = [part["bin_sha256"] for part in told]
+            self.fingerprint = sums[0] if len(sums) == 1 else \
+                hashlib.sha256("".join(sums).encode()).hexdigest()
+            largest = max(part["max_token"] for part in told)
         else:
             self.starts, largest = self._scan()
-            self.text_bytes, self.fingerprint = None, sha256(bin_path)
+            self.text_bytes, self.fingerprint = None, sha256(paths[0])
         if largest >= vocab_size:
-            raise ValueError(f"{bin_path} holds token {largest}, "
+            raise ValueError(f"{paths[0]} holds token {largest}, "
                              f"but the model has vocab_size = {vocab_size}; "
                              f"--vocab_size={-(-(int(largest) + 1) // 64) * 64} has room for it")
         self.n_documents = len(self.starts) - 1
         self.n_windows = (self.n_tokens - 1) // block_size
         if self.n_windows < 1:
-            raise ValueError(f"{bin_path} has {self.n_tokens:,} tokens, fewer than one window of "
+            raise ValueError(f"{paths[0]} has {self.n_tokens:,} tokens, fewer than one window of "
                              f"block_size + 1 = {block_size + 1:,}. "
                              f"Nearest that works: --block_size={max(self.n_tokens - 1, 1)}")
         # consecutive samples come from far apart, so that a step never sees one long document only

@@ -74,7 +74,7 @@ def count_parquet(path, text_column="text"):
     import numpy as np
     import pyarrow.parquet as pq
 
-    from prepare import open_parquet
+    from sources import open_parquet
     from tokenizer import GPT2Tokenizer
 
     file = open_parquet(path, text_column)
@@ -533,6 +533,7 @@ def main(cfg):
     from dataclasses import replace
 
     import prepare
+    import sources
     import train
 
     device = runtime.pick_device("cpu" if cfg.device_name else cfg.device)
@@ -546,12 +547,12 @@ def main(cfg):
     if cfg.n_tokens:
         data = not_prepared("--n_tokens", {"tokens": cfg.n_tokens, "documents": 0, "error": 0,
                                            "how": "the command line"})
-    elif (folder / "train.bin").exists() and not cfg.files:
+    elif loader.is_prepared(folder) and not cfg.files:
         data = of_dataset(*(loader.Dataset(folder, split, cfg.block_size, config.vocab_size)
                             for split in ("train", "val")))
     else:
         try:
-            path = cfg.files[0] if cfg.files else prepare.find_parquet(cfg.dataset)
+            path = cfg.files[0] if cfg.files else sources.find_parquet(cfg.dataset)
         except ValueError as error:
             raise ValueError(f"{error}, or say how much text there is "
                              "(--n_tokens=700_000_000)") from None

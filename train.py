@@ -28,6 +28,7 @@ import loader
 import plan
 import prepare
 import runtime
+import sources
 import tokenizer
 from configurator import run, write_config_file
 from model import GPT, GPTConfig, model_args
@@ -117,10 +118,11 @@ class TrainConfig(GPTConfig):
 def ensure_prepared(dataset, world):
     """Prepare data/<dataset> if it is not, where there is one parquet file that it can mean."""
     folder = prepare.DATA / dataset
-    if world.is_main and (folder / loader.UNFINISHED).exists():
-        prepare.commit(folder)              # its files are whole, a kill came between their renames
-    if world.is_main and not (folder / "train.bin").exists():
-        source = prepare.find_parquet(dataset)
+    for unfinished in folder.glob("meta*.json.new") if world.is_main else ():
+        # its files are whole, a kill came between their renames
+        prepare.commit(folder, unfinished.name.removeprefix("meta").removesuffix(".json.new"))
+    if world.is_main and not loader.is_prepared(folder):
+        source = sources.find_parquet(dataset)
         print(f"{folder} is not prepared yet: doing that first, from {source}")
         command = [sys.executable, prepare.__file__, f"--dataset={dataset}"]
         command += ["--sample"] if dataset == "sample" else [str(source)]

@@ -1,8 +1,11 @@
+import errno
+import gzip
 import hashlib
 import http.server
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -15,9 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare
+import sources
+import tokenizer
 from conftest import PROJECT, documents, script, write_parquet
 from loader import END_OF_TEXT, Dataset
-from tokenizer import GPT2Tokenizer
+from tokenizer import GPT2Tokenizer, normalized
 
 NAMES = ("meta.json", "train.bin", "train.idx", "val.bin", "val.idx")
 
@@ -63,7 +68,7 @@ def test_the_files_can_be_trained_on_and_meta_json_tells_their_truth(work):
         assert (told["documents"] == data.n_documents == len(decoded)
                 and told["tokens"] == data.n_tokens)
         assert told["text_bytes"] == data.text_bytes == sum(len(d.encode()) for d in decoded)
-        assert told["max_token"] == data.tokens.max()
+        assert told["max_token"] == data.tokens[:].max()
         assert told["bin_sha256"] == files_of(work / "data/a")[f"{split}.bin"]
     assert meta["sources"] == [{"name": "a.parquet", "bytes": source.stat().st_size, "rows": 300,
                                 "split": "train",
@@ -79,7 +84,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes_or_row_groups(work, 
     for n in (1, 2, 3):
         script("prepare.py", "x/a.parquet", f"--dataset=p{n}", f"--num_proc={n}", cwd=work)
     run_prepare("y/a.parquet", dataset="y")
-    monkeypatch.setattr(prepare, "ROWS_PER_TASK", 37)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 9000)
     run_prepare("x/a.parquet", dataset="z")
     sums = [files_of(work / "data" / d) for d in ("p1", "p2", "p3", "z")]
     assert all(s == sums[0] for s in sums)
@@ -137,9 +142,92 @@ def test_other_columns_of_text_are_read_alike(work, kind):
     assert sorted(texts(work / "data/a", "train") + texts(work / "data/a", "val")) == sorted(docs)
 
 
-def test_broken_utf8_does_not_stop_it():
-    raw = pa.array([b"good", b"bad \xff\xfe end", None], pa.binary()).view(pa.string())
-    assert prepare.texts_of(raw) == ["good", "bad \ufffd\ufffd end", None]
+@pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
+def test_broken_utf8_does_not_stop_it(work, encoder):
+    raw = [b"good", b"bad \xff\xfe end", None, *(d.encode() for d in documents(40))]
+    write_parquet("a.parquet", raw, type=pa.binary())
+    run_prepare("a.parquet", dataset="a", val_fraction=0.2, encoder=encoder)
+    kept = texts(work / "data/a", "train") + texts(work / "data/a", "val")
+    assert {"good", "bad \ufffd\ufffd end"} < set(kept)
+
+
+def test_both_encoders_write_the_same_bytes(work):
+    docs = documents(600) + ["<|endoftext|> is text", "\x00", " ", "\r\n" * 50, "a" * 5000]
+    write_parquet("a.parquet", docs)
+    for encoder in ("gigatoken", "tiktoken"):
+        run_prepare("a.parquet", dataset=encoder, encoder=encoder)
+    one, other = (files_of(work / "data" / e) for e in ("gigatoken", "tiktoken"))
+    assert all(one[name] == other[name] for name in NAMES[1:])
+
+
+def test_a_document_that_gigatoken_gets_wrong_stops_it_and_is_named(work, monkeypatch):
+    write_parquet("a.parquet", documents(300))
+    right = prepare.encode_documents
+
+    def wrong(column, encoder):
+        ids, starts = right(column, encoder)
+        if column[0].as_py().startswith("Document 0-"):
+            ids[starts[:-1] + 1] += 1               # the first token of every document
+        return ids, starts
+    monkeypatch.setattr(prepare, "encode_documents", wrong)
+    with pytest.raises(ValueError, match=r"document \d+ of a.parquet \(counted from 0\): gigatoken "
+                                         "makes other tokens of it than tiktoken"):
+        run_prepare("a.parquet", dataset="a", encoder="gigatoken")
+    assert not list(work.glob("data/a/train.bin"))
+
+
+def test_a_document_of_every_batch_is_proved_against_tiktoken(work, monkeypatch):
+    write_parquet("a.parquet", documents(500))
+    monkeypatch.setattr(sources, "BATCH_BYTES", 20_000)
+    proved, batches, encode = [], [], prepare.encode
+    monkeypatch.setattr(prepare, "encode",
+                        lambda *args: batches.append(len(args[0])) or encode(*args))
+
+    class Proof(GPT2Tokenizer):
+        def encode(self, text):
+            proved.append(int(text.split("-")[1].split(":")[0]))
+            return super().encode(text)
+    monkeypatch.setattr(prepare, "GPT2Tokenizer", Proof)
+    run_prepare("a.parquet", dataset="a", encoder="gigatoken")
+    ends = np.cumsum(batches)
+    assert len(batches) > 5 and np.searchsorted(ends, sorted(proved), "right").tolist() \
+        == list(range(len(batches)))
+
+
+def test_a_text_that_differs_in_form_only_is_on_one_side(work):
+    docs = documents(300)
+    forms = [d.upper().replace(" ", "\n", 5) + "!!" for d in docs if d.isascii()]
+    write_parquet("a.parquet", docs + forms)
+    run_prepare("a.parquet", dataset="a", val_fraction=0.3)
+    sides = [{normalized(t.encode()) for t in texts(work / "data/a", split)}
+             for split in ("train", "val")]
+    assert len(forms) > 20 and all(sides) and not sides[0] & sides[1]
+    write_parquet("v.parquet", [f.replace("!", "?") for f in forms])
+    run_prepare("a.parquet", dataset="v", val="v.parquet")
+    left = {normalized(t.encode()) for t in texts(work / "data/v", "train")}
+    assert left and not left & {normalized(f.encode()) for f in forms}
+
+
+def test_a_val_document_that_stands_nearly_the_same_in_train_is_told_and_left_out(work, capsys):
+    rng = random.Random(3)
+    words = [f"{a}{b}" for a in ("red", "green", "blue", "old", "new") for b in
+             ("house", "tree", "river", "stone", "bird", "road", "cloud", "field")]
+    docs = [" ".join(rng.choices(words, k=150)) for _ in range(60)]
+    copy = docs[7] + " and this was added by somebody else"
+    write_parquet("a.parquet", docs)
+    write_parquet("v.parquet", [copy, " ".join(rng.choices(words, k=150))])
+    run_prepare("a.parquet", dataset="a", val="v.parquet")
+    run_prepare(check="data/a")
+    assert ("1 of 2 documents of val stand in train for the most part (too short to be judged: 0); "
+            "`python prepare.py --dedup_val --force` leaves them out of val"
+            ) in capsys.readouterr().out
+    assert texts(work / "data/a", "val")[0] == copy
+    run_prepare("a.parquet", dataset="a", val="v.parquet", dedup_val=True, force=True)
+    assert "left out of val: 1 documents that stand in train" in capsys.readouterr().out
+    assert len(texts(work / "data/a", "val")) == 1 and copy not in texts(work / "data/a", "val")
+    val = Dataset(work / "data/a", "val", 16, 50304)    # counts and checksums are those of the rest
+    assert val.n_documents == 1
+    assert val.text_bytes == len(texts(work / "data/a", "val")[0].encode())
 
 
 def test_small_files_give_more_of_themselves_to_val(work):
@@ -163,6 +251,73 @@ def test_its_count_is_held_against_the_files_own(work, capsys):
     run_prepare("b.parquet", dataset="b")
     assert ("tokens of text, -100 against the sum of the files' token_count"
             in capsys.readouterr().out)
+
+
+def test_lines_of_json_and_plain_text_are_read_by_the_same_door(work):
+    docs = documents(200)
+    write_parquet("p.parquet", docs)
+    with gzip.open("j.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": d, "n": i}) + "\n" for i, d in enumerate(docs))
+    pa.output_stream("z.jsonl.zst", compression="zstd").write(gzip.open("j.jsonl.gz").read())
+    plain = [d.strip("\n").replace("<|endoftext|>", "") for d in docs]
+    (work / "t.txt").write_text("\n<|endoftext|>\n".join(plain), encoding="utf-8")
+    for kind in ("p.parquet", "j.jsonl.gz", "z.jsonl.zst", "t.txt"):
+        run_prepare(kind, dataset=kind[0])
+    p, j, z, t = (files_of(work / "data" / d) for d in "pjzt")
+    assert all(p[name] == j[name] == z[name] for name in NAMES[1:])
+    assert sorted(texts(work / "data/t", "train") + texts(work / "data/t", "val")) == sorted(plain)
+
+
+@pytest.mark.parametrize("n, val", [(2, ""), (3, ""), (5, ""), (3, "v.parquet")])
+def test_the_parts_of_n_machines_are_the_single_run(work, n, val):
+    docs = documents(1000)
+    write_parquet("v.parquet", docs[3:6] + documents(50, seed=1))
+    write_parquet("f/a.parquet", docs[:450])
+    write_parquet("f/b.parquet", docs[450:])
+    run_prepare("f", dataset="whole", val=val)
+    for i in range(1, n + 1):
+        run_prepare("f", dataset="parts", part=f"{i}/{n}", val=val)
+        if i < n:
+            with pytest.raises(ValueError, match=f"lacks parts? .*{n}.* of {n}: copy train"):
+                Dataset(work / "data/parts", "train", 16, 50304)
+    for split in ("train", "val"):
+        joined = b"".join((work / f"data/parts/{split}.{i}.bin").read_bytes()
+                          for i in range(1, n + 1))
+        assert joined == (work / f"data/whole/{split}.bin").read_bytes()
+        one, many = (Dataset(work / "data" / d, split, 16, 50304, seed=3)
+                     for d in ("whole", "parts"))
+        assert (one.n_tokens, one.n_documents, one.text_bytes, one.n_windows) \
+            == (many.n_tokens, many.n_documents, many.text_bytes, many.n_windows)
+        assert np.array_equal(one.starts, many.starts)
+        assert all(np.array_equal(one.sample(i), many.sample(i))
+                   for i in range(0, 2 * one.n_windows, 7))
+        assert all(np.array_equal(one.window(i), many.window(i)) for i in range(one.n_windows))
+
+
+def test_parts_that_do_not_belong_together_are_refused(work):
+    write_parquet("a.parquet", documents(400))
+    run_prepare("a.parquet", dataset="p", part="1/2")
+    run_prepare("a.parquet", dataset="p", part="2/2", seed=7)
+    with pytest.raises(ValueError, match="part 2 in data/p was prepared from other files or with "
+                                         "other settings than part 1"):
+        Dataset("data/p", "train", 16, 50304)
+    with pytest.raises(ValueError, match="data/p holds a dataset in parts"):
+        run_prepare("a.parquet", dataset="p")
+    run_prepare("a.parquet", dataset="w")
+    with pytest.raises(ValueError, match="data/w holds a whole dataset"):
+        run_prepare("a.parquet", dataset="w", part="1/2", force=True)
+    with pytest.raises(ValueError, match="--part=1/4 is the smallest"):
+        run_prepare("a.parquet", dataset="q", part="1/9")
+
+
+def test_train_reads_parts(work):
+    write_parquet("a.parquet", documents(400))
+    for i in (1, 2):
+        script("prepare.py", "a.parquet", "--dataset=p", f"--part={i}/2", cwd=work)
+    done = script("train.py", "--dataset=p", "--n_layer=1", "--n_head=1", "--n_embd=16",
+                  "--block_size=16", "--max_iters=2", "--device=cpu", "--compile=False",
+                  "--eval_iters=1", "--gradient_accumulation_steps=1", "--batch_size=2", cwd=work)
+    assert "step 2" in done.stdout, done.stdout
 
 
 def test_a_second_run_on_the_same_input_does_nothing(work, capsys):
@@ -195,9 +350,26 @@ def test_the_memory_does_not_grow_with_the_file(work):
     write_parquet("a.parquet", [text[i:] + text[:i] for i in range(6000)], compression="none",
                   use_dictionary=False)
     before, most = pa.total_allocated_bytes(), 0
-    for _ in prepare.batches("a.parquet", "text"):
+    source, = sources.joined(sources.sources_of("a.parquet", "text"))
+    for _ in sources.batches(source, "text"):
         most = max(most, pa.total_allocated_bytes() - before)
     assert os.path.getsize("a.parquet") > 55e6 and most < 20e6
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads its memory from /proc")
+def test_what_gigatoken_remembers_is_bounded(work, monkeypatch):
+    rng = np.random.default_rng(0)
+    renewed, limit = [], 100 << 20
+    monkeypatch.setattr(tokenizer, "MOST_GROWTH", limit)
+    gigatoken, before = tokenizer._Gigatoken(), tokenizer.resident()
+    new, highest = gigatoken.new, 0
+    gigatoken.new = lambda: renewed.append(1) or new()
+    for _ in range(24):             # 48 MB of words that nobody has met
+        letters = rng.integers(97, 123, 2 << 20, dtype=np.uint8)
+        letters[np.cumsum(rng.integers(6, 15, len(letters) // 15))] = 32
+        gigatoken.encode(pa.array([letters.tobytes()], pa.binary()).view(pa.string()))
+        highest = max(highest, tokenizer.resident())
+    assert renewed and highest - before < 3 * limit
 
 
 # where the file is
@@ -213,8 +385,8 @@ def test_the_one_parquet_file_under_data_is_found(work):
 def test_other_peoples_files_under_data_are_no_matter(work):
     write_parquet("data/fineweb_one_shard/000_00000.parquet", documents(80))
     write_parquet("data/mine/x.parquet", documents(80, seed=2))
-    assert str(prepare.find_parquet("fineweb")) == "data/fineweb_one_shard/000_00000.parquet"
-    assert str(prepare.find_parquet("mine")) == "data/mine/x.parquet"
+    assert str(sources.find_parquet("fineweb")) == "data/fineweb_one_shard/000_00000.parquet"
+    assert str(sources.find_parquet("mine")) == "data/mine/x.parquet"
 
 
 def test_it_may_lie_in_the_folder_of_the_dataset_itself(work):
@@ -243,7 +415,7 @@ def test_it_may_lie_in_the_folder_of_the_dataset_itself(work):
      "column 'id' of a.parquet is of type int64, not text; columns of text are text"),
     (lambda: write_parquet("a.parquet", ["", None]), ["a.parquet"], {},
      "no document is left for train"),
-    (lambda: write_parquet("a.parquet", ["x"]), ["a.parquet"], {}, "no document is left for val"),
+    (lambda: write_parquet("a.parquet", ["y"]), ["a.parquet"], {}, "no document is left for val"),
     (None, ["a.parquet"], {"sample": True}, "--sample builds its own text"),
 ])
 def test_a_mistake_is_named_and_leaves_nothing_that_trains(work, make, args, settings, words):
@@ -257,7 +429,10 @@ def test_a_mistake_is_named_and_leaves_nothing_that_trains(work, make, args, set
 
 @pytest.mark.parametrize("settings, words", [
     (dict(val_fraction=1.5), "val_fraction = 1.5 is a share"), (dict(num_proc=-1), "num_proc = -1"),
-    (dict(val="v", val_fraction=0.1), "set one of the two")])
+    (dict(val="v", val_fraction=0.1), "set one of the two"),
+    (dict(part="3/2"), "i/n with i from 1 to n"), (dict(part="x"), "i/n with i from 1 to n"),
+    (dict(part="1/2", dedup_val=True), "leave out one of the two"),
+    (dict(encoder="fast"), "is auto, gigatoken or tiktoken")])
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         prepare.PrepareConfig(**settings)
@@ -272,8 +447,40 @@ def test_a_truncated_file_is_named(work):
     hole = bytearray(whole)
     hole[2000:12000] = bytes(10000)                     # the footer is there, the data is not
     (work / "a.parquet").write_bytes(hole)
-    with pytest.raises(ValueError, match="a.parquet is damaged"):
+    with pytest.raises(ValueError, match=r"a.parquet is damaged in row group \d \(of 0 to 19\)"):
         run_prepare("a.parquet")
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_named(work, monkeypatch, capsys):
+    write_parquet("a.parquet", documents(3000))
+    (work / "data").write_text("a file, not a folder")
+    with pytest.raises(OSError, match="data/d cannot be written \\(Not a directory\\)"):
+        run_prepare("a.parquet", dataset="d")
+    (work / "data").unlink()
+    free = prepare.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(ValueError, match="GB are free on its disk; make room first"):
+        run_prepare("a.parquet", dataset="d")
+    monkeypatch.undo()
+    done = script("prepare.py", "a.parquet", "--dataset=d", "--num_proc=1", cwd=work, check=False,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    full = prepare.SplitWriter.add
+
+    def add(writer, ids, lengths, n_bytes):
+        if writer.documents > 500:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        full(writer, ids, lengths, n_bytes)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(prepare.SplitWriter, "add", add)
+    with pytest.raises(OSError, match="no space is left for data/e, .* the same command goes on"):
+        run_prepare("a.parquet", dataset="e")
+    monkeypatch.setattr(prepare.SplitWriter, "add", full)
+    run_prepare("a.parquet", dataset="e")
+    assert "going on after" in capsys.readouterr().out
+    run_prepare("a.parquet", dataset="f")
+    assert files_of(work / "data/e") == files_of(work / "data/f")
 
 
 def test_a_mistake_is_one_sentence_for_the_user(work):
@@ -282,6 +489,89 @@ def test_a_mistake_is_one_sentence_for_the_user(work):
 
 
 # stopped at any moment
+
+def test_what_was_stopped_goes_on_from_its_last_batch_and_ends_in_the_same_bytes(
+        work, monkeypatch, capsys):
+    docs = documents(2000)
+    write_parquet("a.parquet", docs[:900])
+    write_parquet("b.parquet", docs[900:])
+    monkeypatch.setattr(sources, "BATCH_BYTES", 20_000)
+    run_prepare("a.parquet", "b.parquet", dataset="wanted")
+    encode, numbers, stop = prepare.encode, [], None
+
+    def stopped(column, encoder, where, number):
+        numbers.append((where, number))
+        if (where, len(numbers)) == stop:
+            raise KeyboardInterrupt
+        return encode(column, encoder, where, number)
+    monkeypatch.setattr(prepare, "encode", stopped)
+    for at in (("a.parquet", 5), ("b.parquet", 12), ("b.parquet", 9)):
+        stop = at
+        numbers.clear()
+        with pytest.raises(SystemExit, match="is as it was before; the same command goes on"):
+            run_prepare("a.parquet", "b.parquet", dataset="d", encoder="tiktoken")
+        assert not (work / "data/d/train.bin").exists()
+        numbers.clear(), capsys.readouterr()
+    stop = None
+    run_prepare("a.parquet", "b.parquet", dataset="d", encoder="tiktoken")
+    assert "going on after" in capsys.readouterr().out
+    assert {where for where, _ in numbers} == {"b.parquet"}         # not from the beginning
+    assert numbers[0][1] > 0
+    for name in NAMES[1:]:
+        assert files_of(work / "data/d")[name] == files_of(work / "data/wanted")[name]
+    assert sorted(files_of(work / "data/d")) == list(NAMES)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda: write_parquet("a.parquet", documents(2000, seed=5)),
+     "was stopped, but a.parquet changed since then; starting over"),
+    (lambda: None, "was stopped, but it was of other files or with other settings; starting over"),
+])
+def test_what_was_stopped_does_not_go_on_with_another_input(work, monkeypatch, capsys, change,
+                                                            words):
+    write_parquet("a.parquet", documents(2000))
+    monkeypatch.setattr(sources, "BATCH_BYTES", 20_000)
+    encode, calls = prepare.encode, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return encode(*args)
+    monkeypatch.setattr(prepare, "encode", stopped)
+    with pytest.raises(SystemExit):
+        run_prepare("a.parquet", dataset="d", seed=1, encoder="tiktoken")
+    change()
+    seed = 1 if "changed" in words else 2
+    run_prepare("a.parquet", dataset="d", seed=seed)
+    assert words in capsys.readouterr().out
+    run_prepare("a.parquet", dataset="fresh", seed=seed)
+    assert files_of(work / "data/d") == files_of(work / "data/fresh")
+
+
+def test_killed_late_it_goes_on_and_ends_in_the_same_bytes(work):
+    write_parquet("a.parquet", documents(20_000))
+    script("prepare.py", "a.parquet", "--dataset=wanted", cwd=work)
+    slow = ("import sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "if __name__ == '__main__':\n"
+            "    import prepare, sources\n"
+            "    prepare.SAVE_BYTES = sources.BATCH_BYTES = 100_000\n"
+            "    prepare.main(prepare.PrepareConfig(files=('a.parquet',), dataset='d', num_proc=1,"
+            " encoder='tiktoken'))\n")
+    process = subprocess.Popen([sys.executable, "-c", slow, str(PROJECT)], cwd=work,
+                               stdout=subprocess.DEVNULL)
+    state, done = work / "data/d/stopped.json", 0
+    while done < 18_000:
+        assert process.poll() is None, "it was through before it could be killed"
+        if state.exists():
+            done = sum(s["documents"] for s in json.loads(state.read_text())["splits"].values())
+    process.kill()
+    process.wait()
+    told = script("prepare.py", "a.parquet", "--dataset=d", cwd=work).stdout
+    assert int(told.split("going on after ")[1].split()[0].replace(",", "")) >= 18_000
+    for name in NAMES[1:]:
+        assert files_of(work / "data/d")[name] == files_of(work / "data/wanted")[name]
+
 
 def hear_ctrl_c():
     """A shell starts what it puts in the background deaf to Ctrl-C, and the tests may run there."""
@@ -311,7 +601,7 @@ def kill_and_rerun(work, kills, n_documents, seed=0):
         time.sleep(rng.uniform(0.2, 1.1) * duration)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        left = {k: v for k, v in files_of(work / "data/d").items() if not k.endswith(".new")}
+        left = {k: v for k, v in files_of(work / "data/d").items() if k in NAMES}
         assert left in (old, wanted)                    # whole, the old or the new
         seen["old" if left == old else "new"] += 1
         script("prepare.py", *new, cwd=work)
@@ -363,19 +653,22 @@ def test_a_kill_between_the_renames_is_finished_by_the_next_run(work, renamed, c
 
 def test_ctrl_c_leaves_what_was_there_and_says_so(work):
     write_parquet("a.parquet", documents(100))
-    write_parquet("b.parquet", documents(10000, seed=1, longest=200) * 10)
+    write_parquet("b.parquet", documents(10000, seed=1, longest=200) * 20)
     script("prepare.py", "a.parquet", "--dataset=d", cwd=work)
     before = files_of(work / "data/d")
     process = start(work, "b.parquet", "--dataset=d", "--force", "--num_proc=2")
-    for line in process.stdout:
-        if line.startswith("preparing"):
-            break
-    time.sleep(0.5)
+    written = work / "data/d/train.bin.new"
+    while not written.exists() or written.stat().st_size < 5e6:
+        assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in told, told
     assert "stopped; data/d is as it was before" in told
-    assert files_of(work / "data/d") == before
+    left = files_of(work / "data/d")
+    assert {name: left[name] for name in before} == before
+    assert "the same command goes on from here" in told and "stopped.json" in left
+    told = script("prepare.py", "b.parquet", "--dataset=d", "--force", cwd=work).stdout
+    assert "going on after" in told and sorted(files_of(work / "data/d")) == list(NAMES)
 
 
 # the sample and the download
@@ -447,7 +740,7 @@ def test_the_download_goes_on_where_it_was_cut_off(work, hub):
 
 
 def test_a_download_that_was_given_up_goes_on_in_the_next_run(work, hub):
-    hub.cut = [7000, *[0] * prepare.DOWNLOAD_TRIES]
+    hub.cut = [7000, *[0] * sources.DOWNLOAD_TRIES]
     done = script("prepare.py", "--download", cwd=work, check=False,
                   env={**hub.env, "PYTHONPATH": str(write_fast_sleep(work))})
     assert done.stderr == (f"prepare.py: the download stopped at 7,000 of {len(hub.payload):,} "
