@@ -57,8 +57,9 @@ from tokenizer import (
 BYTES_PER_TOKEN = 4.5           # of English text, to guess before counting
 VAL_TOKENS = 50_000             # what a small dataset's validation split should have
 MAX_VAL_FRACTION = 0.1          # but never more of its documents than this
-MOST_THREADS = 4                # of gigatoken; these encode faster than one thread can read
-PROVED_BYTES = 100_000          # longest document that is encoded again by tiktoken, as a proof
+MOST_THREADS = 3                # of gigatoken; these encode as fast as one thread can read
+PROVED_EVERY = 1000             # documents, FineWeb's row group: one of them is encoded again by
+PROVED_BYTES = 100_000          # tiktoken as a proof, if it is not longer than this
 SAVE_BYTES = 256 << 20          # of text, after which a stopped prepare can go on from there
 
 
@@ -153,7 +154,8 @@ def encode(column, encoder, where, number):
     """The documents of a batch that begins with document `number` of the file `where`.
 
     Returns (ids uint16, starts int64, letter sums uint64, bytes of text int64) of those that have
-    text, and how many were null or empty. One document of the batch is proved against tiktoken.
+    text, and how many were null or empty. A document of every PROVED_EVERY, and of every batch, is
+    proved against tiktoken.
     """
     column = sources.plain(column)
     lengths = pc.binary_length(column)
@@ -170,7 +172,8 @@ def encode(column, encoder, where, number):
     n_bytes = pc.binary_length(column).to_numpy().astype(np.int64)
     if encoder != "tiktoken":
         short = np.flatnonzero(n_bytes <= PROVED_BYTES)
-        for d in short[[number % len(short)]] if len(short) else []:
+        chosen = short[(number + rows[short]) % PROVED_EVERY == PROVED_EVERY // 2]
+        for d in chosen if len(chosen) else short[number % max(len(short), 1):][:1]:
             proof = GPT2Tokenizer().encode(column[int(d)].as_py())
             if not np.array_equal(ids[starts[d] + 1:starts[d + 1]], proof):
                 raise ValueError(f"document {number + rows[d]:,} of {where} (counted from 0): "

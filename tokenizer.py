@@ -30,9 +30,9 @@ WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(
 GAP = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{100000,}")
 
 # gigatoken remembers every word that it has met. It is made anew, and forgets them, when this
-# process has grown by so much memory since that was last done, or where a system does not tell that
+# process has grown by so much memory since the first was made, or where a system does not tell that
 # (in /proc) after so much text.
-MOST_GROWTH = 256 << 20             # bytes; at this it may be about to double
+MOST_GROWTH = 384 << 20             # bytes; at this it may be about to double
 MOST_TEXT = 64 << 20                # bytes
 LEAST_TEXT = 8 << 20                # bytes between two; what it remembers takes a while to pay
 
@@ -93,16 +93,13 @@ class _Gigatoken:
         self.contents, self.index = awkward.contents, awkward.index
         self.array, self.new = awkward.Array, lambda: gigatoken.Tokenizer.from_tiktoken(
             VOCAB_FILE, pretokenizer="gpt2", special_tokens={})
-        self.renew()
+        self.tokenizer, self.n_bytes, self.at_first = self.new(), 0, resident()
         self.disputed = self._disputed()
         self.disputed_bytes = np.array([int.from_bytes(chr(c).encode().ljust(4, b"\0"), "big")
                                         for c in self.disputed], np.uint32)
         self.begins = np.zeros(1 << 16, bool)           # by the first two bytes of a letter
         self.begins[self.disputed_bytes >> 16] = True
         self.leads = {bytes([lead]) for lead in self.disputed_bytes >> 24}
-
-    def renew(self):
-        self.tokenizer, self.n_bytes, self.at_first = self.new(), 0, resident()
 
     def _is_full(self):
         if resident() is None:
@@ -141,10 +138,13 @@ class _Gigatoken:
         letters = self.contents.NumpyArray(data, parameters={"__array__": "byte"})
         layout = self.contents.ListOffsetArray(self.index.Index64(offsets), letters,
                                                parameters={"__array__": "bytestring"})
-        found = self.tokenizer.encode_batch(self.array(layout), parallel=False).layout
+        tokenizer = self.tokenizer or self.new()        # another thread may be renewing it
+        found = tokenizer.encode_batch(self.array(layout), parallel=False).layout
+        del tokenizer
         self.n_bytes += int(offsets[-1] - offsets[0])
         if self._is_full():
-            self.renew()
+            self.tokenizer, self.n_bytes = None, 0      # the old one goes before the new one comes
+            self.tokenizer = self.new()
         return found.content.data, found.offsets.data
 
 

@@ -192,6 +192,11 @@ def test_a_document_of_every_batch_is_proved_against_tiktoken(work, monkeypatch)
     ends = np.cumsum(batches)
     assert len(batches) > 5 and np.searchsorted(ends, sorted(proved), "right").tolist() \
         == list(range(len(batches)))
+    proved.clear(), batches.clear()
+    monkeypatch.setattr(sources, "BATCH_BYTES", 1 << 30)
+    write_parquet("b.parquet", documents(4000, longest=20), row_group_size=1000)
+    run_prepare("b.parquet", dataset="b", encoder="gigatoken")
+    assert batches == [4000] and [n // 1000 for n in proved] == [0, 1, 2, 3]   # of every row group
 
 
 def test_a_text_that_differs_in_form_only_is_on_one_side(work):
