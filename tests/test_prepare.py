@@ -116,6 +116,14 @@ def test_a_val_file_is_val_whole_and_its_texts_leave_train(work, capsys):
     assert "left out: 3 documents in both splits" in capsys.readouterr().out
 
 
+def test_a_text_of_the_same_letters_in_another_order_stays(work):
+    docs = [*documents(100), "the dog bites the man"]
+    write_parquet("a.parquet", docs)
+    write_parquet("v.parquet", ["The man bites the dog!"])
+    run_prepare("a.parquet", dataset="a", val="v.parquet")
+    assert texts(work / "data/a", "train") == docs
+
+
 def test_several_files_are_one_dataset_in_their_order(work):
     docs = documents(90)
     write_parquet("a.parquet", docs[:40])
@@ -518,6 +526,9 @@ def test_what_was_stopped_goes_on_from_its_last_batch_and_ends_in_the_same_bytes
         assert not (work / "data/d/train.bin").exists()
         numbers.clear(), capsys.readouterr()
     stop = None
+    for name in ("train.bin", "train.idx", "val.bin", "val.idx"):
+        with open(work / f"data/d/{name}.new", "ab") as f:
+            f.write(b"written after the state was saved, before a kill")
     run_prepare("a.parquet", "b.parquet", dataset="d", encoder="tiktoken")
     assert "going on after" in capsys.readouterr().out
     assert {where for where, _ in numbers} == {"b.parquet"}         # not from the beginning
@@ -547,6 +558,12 @@ def test_what_was_stopped_does_not_go_on_with_another_input(work, monkeypatch, c
     with pytest.raises(SystemExit):
         run_prepare("a.parquet", dataset="d", seed=1, encoder="tiktoken")
     change()
+    write_splits = prepare.write_splits
+
+    def begin(*args):               # a kill from here on must not bring the old state back
+        assert not (work / "data/d/stopped.json").exists()
+        return write_splits(*args)
+    monkeypatch.setattr(prepare, "write_splits", begin)
     seed = 1 if "changed" in words else 2
     run_prepare("a.parquet", dataset="d", seed=seed)
     assert words in capsys.readouterr().out
