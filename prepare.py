@@ -541,8 +541,9 @@ def prepare(files, folder, cfg):
             remove()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(f"no space is left for {folder}, which will have about "
-                          f"{n_bytes / BYTES_PER_TOKEN * 2 / 1e9:,.2f} GB. Make room; "
-                          "the same command goes on from there") from None
+                          f"{n_bytes / BYTES_PER_TOKEN * 2 / 1e6:,.1f} MB. Make room; the same "
+                          f"command {'goes on' if state['splits'] else 'begins'} from there"
+                          ) from None
         raise
     for split, writer in writers.items():
         if not writer.documents and not cfg.part:
@@ -569,8 +570,8 @@ def make_room(folder, n_bytes):
                       "choose another place or free that one") from None
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise ValueError(f"{folder} will have about {n_bytes / 1e9:,.2f} GB and {free / 1e9:,.2f} "
-                         "GB are free on its disk; make room first")
+        raise ValueError(f"{folder} will have about {n_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} "
+                         "MB are free on its disk; make room first")
 
 
 def finished(folder, cfg, asked, share, encoder, writers, state):

@@ -125,7 +125,7 @@ def _open_parquet(path, text_column, changed):
         file = pq.ParquetFile(path, pre_buffer=False)       # else all of it stays in memory
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file (was it cut off?): "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{str(error).splitlines()[0].split('. ')[0]}") from None
     schema = file.schema_arrow
     first, *inner = text_column.split(".") if text_column not in schema.names else [text_column]
     kind = schema.field(first).type if first in schema.names else None
@@ -266,10 +266,21 @@ def parquet_batches(source, text_column, done):
                    batch.column(1) if told else None)
             row += len(batch)
     except (pa.ArrowInvalid, OSError) as error:
-        group = source.first + int(np.searchsorted(ends, row, side="right"))
-        raise ValueError(f"{source.path} is damaged in row group {group} (of 0 to "
-                         f"{file.metadata.num_row_groups - 1}): {str(error).splitlines()[0]}. "
-                         "Fetch it again") from None
+        where = damaged(file, groups, text_column)
+        raise ValueError(f"{source.path} is damaged in row group {where} (of 0 to "
+                         f"{file.metadata.num_row_groups - 1}): "
+                         f"{str(error).splitlines()[0].rstrip('.')}. Fetch it again") from None
+
+
+def damaged(file, groups, text_column):
+    """The first of the row groups that cannot be read; a batch may be of several."""
+    for group in groups:
+        try:
+            for _ in file.iter_batches(1024, row_groups=[group], columns=[text_column]):
+                pass
+        except (pa.ArrowInvalid, OSError):
+            return group
+    return groups[-1]
 
 
 def blocks(path):
@@ -283,7 +294,7 @@ def blocks(path):
                 yield block
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged after {n_bytes:,} bytes of text (was it cut off?): "
-                         f"{str(error).splitlines()[0]}. Fetch it again") from None
+                         f"{str(error).splitlines()[0].rstrip('.')}. Fetch it again") from None
 
 
 def first_line(path, text_column):
