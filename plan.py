@@ -556,6 +556,9 @@ def main(cfg):
         except ValueError as error:
             raise ValueError(f"{error}, or say how much text there is "
                              "(--n_tokens=700_000_000)") from None
+        if sources.kind_of(str(path)) != ".parquet":
+            raise ValueError(f"{path} does not say how many tokens it has; prepare it first, "
+                             "or say how much text there is (--n_tokens=700_000_000)")
         data = not_prepared(path, count_parquet(path))
     rate = None if cfg.device_name or not parts else measured_rate(
         Path(cfg.out_dir) / "log.jsonl", runtime.device_name(device))

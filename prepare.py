@@ -542,7 +542,7 @@ def prepare(files, folder, cfg):
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(f"no space is left for {folder}, which will have about "
                           f"{n_bytes / BYTES_PER_TOKEN * 2 / 1e6:,.1f} MB. Make room; the same "
-                          f"command {'goes on' if state['splits'] else 'begins'} from there"
+                          f"command {'goes on from there' if state['splits'] else 'begins anew'}"
                           ) from None
         raise
     for split, writer in writers.items():

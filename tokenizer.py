@@ -99,7 +99,7 @@ class _Gigatoken:
                                         for c in self.disputed], np.uint32)
         self.begins = np.zeros(1 << 16, bool)           # by the first two bytes of a letter
         self.begins[self.disputed_bytes >> 16] = True
-        self.leads = {bytes([lead]) for lead in self.disputed_bytes >> 24}
+        self.leads = sorted({int(lead) for lead in self.disputed_bytes >> 24})
 
     def _is_full(self):
         if resident() is None:
@@ -118,16 +118,18 @@ class _Gigatoken:
         return [c for c, differ in zip(new, one != other, strict=True) if differ]
 
     def _has_disputed(self, data):
-        if not any(lead in data for lead in self.leads):
+        leads = [lead for lead in self.leads if bytes([lead]) in data]
+        if not leads:
             return False
-        data = np.frombuffer(data, np.uint8)
-        places = np.flatnonzero((data == 0xE0) | (data >= 0xEA))     # three and four bytes long
+        data = np.frombuffer(data + b"\0\0\0", np.uint8)        # a last letter has 4 bytes too
+        begins = data == leads[0]
+        for lead in leads[1:]:
+            begins |= data == lead
+        places = np.flatnonzero(begins)
         places = places[self.begins[data[places].astype(np.uint16) << 8 | data[places + 1]]]
-        letters = np.zeros((len(places), 4), np.uint8)
-        for k in range(3):
-            letters[:, k] = data[places + k]
-        four = data[places] >= 0xF0
-        letters[four, 3] = data[places[four] + 3]
+        letters = data[places[:, None] + np.arange(4)]
+        letters[letters[:, 0] < 0xE0, 2] = 0            # of two bytes; the next letter's go
+        letters[letters[:, 0] < 0xF0, 3] = 0            # of three
         return bool(np.isin(letters.view(">u4"), self.disputed_bytes).any())
 
     def encode(self, column):

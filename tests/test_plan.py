@@ -152,6 +152,10 @@ def test_without_any_data_it_says_how_to_plan_all_the_same(work):
     done = script("plan.py", MISSION, cwd=work, check=False)
     assert done.returncode == 1 and "--n_tokens=700_000_000" in done.stderr
     assert "Traceback" not in done.stderr
+    (work / "a.jsonl").write_text('{"text": "x"}')
+    done = script("plan.py", MISSION, "a.jsonl", cwd=work, check=False)
+    assert done.stderr == ("plan.py: a.jsonl does not say how many tokens it has; prepare it "
+                           "first, or say how much text there is (--n_tokens=700_000_000)\n")
 
 
 # memory
