@@ -163,8 +163,10 @@ def _gigatoken():
 def encoder_of(asked):
     """The encoder that 'auto', 'gigatoken' or 'tiktoken' means here.
 
-    Raises ImportError where gigatoken is asked for and not there.
+    Raises ImportError where gigatoken is asked for and not there, ValueError where the vocabulary
+    is missing or changed.
     """
+    _gpt2()
     there = importlib.util.find_spec("gigatoken") is not None
     if asked == "gigatoken" and not there:
         raise ImportError("--encoder=gigatoken needs gigatoken: pip install gigatoken")

@@ -498,6 +498,16 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_named(work, monkeyp
     assert files_of(work / "data/e") == files_of(work / "data/f")
 
 
+def test_a_vocabulary_that_is_missing_is_one_sentence(work):
+    for path in PROJECT.glob("*.py"):
+        (work / path.name).write_bytes(path.read_bytes())
+    write_parquet("a.parquet", documents(10))
+    done = subprocess.run([sys.executable, "prepare.py", "a.parquet"], text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "gpt2.tiktoken is missing or changed; `git checkout" in done.stderr
+
+
 def test_a_mistake_is_one_sentence_for_the_user(work):
     done = script("prepare.py", "gone.parquet", cwd=work, check=False)
     assert done.returncode == 1 and done.stderr == "prepare.py: gone.parquet does not exist\n"
