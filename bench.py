@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import checkpoint
 import loader
+import optim
 import plan
 import runtime
 import train
@@ -83,7 +84,7 @@ class Step:
             self.model.compile(dynamic=False)
         self.autocast = torch.autocast(device.type, dtype=dtype,
                                        enabled=dtype is not torch.float32)
-        self.optimizer = train.configure_optimizer(self.model, cfg, device)
+        self.optimizer = optim.configure_optimizer(self.model, cfg, device, dtype)
         self.seconds = {"micro": [], "forward": [], "backward": [], "optimizer": []}
 
     def forward(self, idx, targets):
@@ -131,7 +132,8 @@ def make_step(kind, cfg, model, device, dtype):
     if kind == "ours":
         return Step(kind, model, cfg, device, dtype, cfg.compile)
     plain_dtype = torch.float32 if kind == "plain" and device.type == "cpu" else dtype
-    return Step(kind, Plain(model.config), cfg, device, plain_dtype, kind == "compiled")
+    return Step(kind, Plain(model.config), replace(cfg, optimizer="adamw"), device, plain_dtype,
+                kind == "compiled")
 
 
 def peak_memory(step, idx, targets):
@@ -193,7 +195,7 @@ def main(cfg):
         return
 
     kinds = ("ours", "plain", "compiled") if cfg.baseline else ("ours",)
-    planned = plan.trace(model.config, B, dtype, cfg.compile)
+    planned = plan.trace(model.config, B, dtype, cfg.compile, cfg)
     print(f"machine    {runtime.device_name(device)}, {str(dtype).removeprefix('torch.')}, "
           f"torch {torch.__version__}")
     print(f"step       {cfg.n_layer} layers x {cfg.n_head} heads x {cfg.n_embd}, {B} windows of "

@@ -1,6 +1,7 @@
 """What survives a crash? Files that are the old one or the new one, never half: ckpt.pt, best.pt.
 
-ckpt.pt is the newest state of a run, best.pt the one with the lowest validation loss so far. Both
+ckpt.pt is the newest state of a run, best.pt the one with the lowest validation loss so far (of an
+average of weights, if that has it), stable.pt the one before a cooldown of the learning rate. They
 hold nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config), so that its
 sample.py reads them, and what an exact continuation needs besides.
 """
@@ -13,7 +14,7 @@ import torch
 
 from model import GPT, GPTConfig
 
-NEWEST, BEST = "ckpt.pt", "best.pt"
+NEWEST, BEST, STABLE = "ckpt.pt", "best.pt", "stable.pt"
 
 
 def replace(beside, path):

@@ -19,6 +19,7 @@ import runpy
 import sys
 import traceback
 import types
+import typing
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,9 +28,9 @@ HERE = Path(__file__).resolve().parent
 def configure(cls, argv, doc=""):
     """Return `cls(**settings)` from config files and --key=value arguments.
 
-    `cls` is a dataclass whose fields are int, float, bool or str. If it has a field `files`,
-    arguments that do not end in .py go there. Raises ValueError that names the setting and what
-    would work.
+    `cls` is a dataclass whose fields are int, float, bool or str, or one of these or None. If it
+    has a field `files`, arguments that do not end in .py go there. Raises ValueError that names the
+    setting and what would work.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     parser = _parser(cls, fields, doc)
@@ -111,7 +112,7 @@ def _parser(cls, fields, doc):
     comments = _comments(cls)
     for f in fields.values():
         if f.name != "files":
-            shown = f"{comments.get(f.name, '')} ({f.type.__name__}, {f.default!r})".strip()
+            shown = f"{comments.get(f.name, '')} ({_kind(f).__name__}, {f.default!r})".strip()
             table.add_argument(f"--{f.name}", metavar="", help=shown.replace("%", "%%"))
     return parser
 
@@ -121,7 +122,7 @@ def _comments(cls):
     found = {}
     for base in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(base).splitlines():
-            if match := re.match(r"    (\w+): \w+ = .*?  # (.*)", line):
+            if match := re.match(r"    (\w+): \w+(?: \| None)? = .*?  # (.*)", line):
                 found[match[1]] = match[2]
     return found
 
@@ -129,7 +130,16 @@ def _comments(cls):
 def _spell_out(arg, fields):
     """--flag means --flag=True for a setting that is a bool."""
     name = arg[2:] if arg.startswith("--") else ""
-    return f"{arg}=True" if name in fields and fields[name].type is bool else arg
+    return f"{arg}=True" if name in fields and _kind(fields[name]) is bool else arg
+
+
+def _kind(field):
+    """int, float, bool or str, where the type of `field` may be that or None."""
+    return next((k for k in typing.get_args(field.type) if k is not types.NoneType), field.type)
+
+
+def _may_be_none(field):
+    return types.NoneType in typing.get_args(field.type)
 
 
 def _nearest(key, fields):
@@ -140,25 +150,28 @@ def _nearest(key, fields):
 
 def _parsed(text, field, shown):
     """The value that `text` from the command line means for `field`."""
-    if field.type is str:
+    kind = _kind(field)
+    if text == "None" and _may_be_none(field):
+        return None
+    if kind is str:
         return text
-    if field.type is bool:
+    if kind is bool:
         words = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in words:
             raise ValueError(f"{shown}: {field.name} is True or False")
         return words[text.lower()]
     try:
-        number = float(text) if field.type is float or not re.fullmatch(r"[+-]?[\d_]+", text) \
+        number = float(text) if kind is float or not re.fullmatch(r"[+-]?[\d_]+", text) \
             else int(text)
     except ValueError:
-        raise ValueError(f"{shown}: {field.name} is a number ({field.type.__name__})") from None
+        raise ValueError(f"{shown}: {field.name} is a number ({kind.__name__})") from None
     return _checked(number, field, shown)
 
 
 def _checked(value, field, shown):
     """`value` as the type of `field`: an int may stand for a float, 1e5 for an int, no more."""
-    kind = field.type
-    if type(value) is kind:
+    kind = _kind(field)
+    if type(value) is kind or value is None and _may_be_none(field):
         return value
     if kind is float and type(value) is int:
         return float(value)

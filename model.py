@@ -1,9 +1,10 @@
 """What is the network? GPT-2 with its names: configuration, blocks, initialisation, loss, FLOPs.
 
-Sizes in comments: B batch, T time, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+`block = 'modern'` changes the same blocks into those of transformers' Qwen3ForCausalLM. Sizes in
+comments: B batch, T time, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size.
 """
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch._functorch.config
@@ -23,36 +24,91 @@ class GPTConfig:
     n_head: int = 12                # attention heads in a block
     n_embd: int = 768               # width
     dropout: float = 0.0            # 0 for pretraining, 0.1 or more for finetuning or repeated data
-    bias: bool = True               # biases in Linear and LayerNorm, as GPT-2 has them
+    bias: bool | None = None        # biases in Linear and LayerNorm, as GPT-2 has them
+    block: str = "gpt2"             # gpt2 or modern: decides every setting that is None
+    position: str | None = None     # learned (wpe) or rotary
+    norm: str | None = None         # layernorm, rmsnorm, or rmsnorm_weightless
+    qk_norm: bool | None = None     # normalise queries and keys, with a weight where norm has one
+    mlp: str | None = None          # gelu, swiglu or relu2
+    n_inner: int = 0                # width inside the MLP; 0: 4 n_embd, 8/3 n_embd for swiglu
+    n_kv_head: int = 0              # heads of keys and values, each for several queries; 0: n_head
+    tie_word_embeddings: bool | None = None  # the head's weights are the token embedding's
+    embed_norm: bool | None = None  # normalise the token embedding (weightless RMSNorm)
+    zero_init: bool | None = None   # start with c_proj, and a head of its own, at zero
+    softcap: float = 0.0            # logits are softcap * tanh(logits / softcap); 0: as they come
+    rope_theta: float = 10000.0     # longest wavelength of rotary positions, in 2 pi tokens
 
     def __post_init__(self):
+        for name, known in {"block": tuple(BLOCKS), **CHOICES}.items():
+            if getattr(self, name) not in (*known, None):
+                raise ValueError(f"{name} = {getattr(self, name)!r}; use {' or '.join(known)}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("n_inner", "n_kv_head", "softcap", "rope_theta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} cannot be negative")
+        D = self.n_embd // self.n_head
         if self.n_embd % self.n_head:
-            nearest = max(self.n_embd // self.n_head, 1) * self.n_head
+            nearest = max(D, 1) * self.n_head
             raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} "
                              f"heads. Nearest that works: n_embd = {nearest}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = "
+                             f"{self.n_kv_head}. "
+                             f"Nearest that works: {math.gcd(self.n_head, self.n_kv_head)}")
+        if D % 2 and (self.position or BLOCKS[self.block]["position"]) == "rotary":
+            raise ValueError("rotary positions turn pairs of numbers, and n_embd / n_head = "
+                             f"{D} is odd. Nearest that works: n_embd = {(D + 1) * self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} is a probability, from 0 to below 1")
 
+    def resolved(self):
+        """The same with nothing left to derive: no None, no 0 that stands for another number."""
+        unset = {name: value for name, value in BLOCKS[self.block].items()
+                 if getattr(self, name) is None}
+        full = replace(self, **unset, n_kv_head=self.n_kv_head or self.n_head)
+        # swiglu multiplies twice: 8/3 n_embd, in multiples of 64, is as much work as 4 n_embd
+        usual = -(-8 * self.n_embd // 192) * 64 if full.mlp == "swiglu" else 4 * self.n_embd
+        return replace(full, n_inner=self.n_inner or usual)
+
+
+BLOCKS = {
+    "gpt2": dict(bias=True, position="learned", norm="layernorm", qk_norm=False, mlp="gelu",
+                 tie_word_embeddings=True, embed_norm=False, zero_init=False),
+    "modern": dict(bias=False, position="rotary", norm="rmsnorm", qk_norm=True, mlp="swiglu",
+                   tie_word_embeddings=False, embed_norm=True, zero_init=True),
+}
+CHOICES = {"position": ("learned", "rotary"), "mlp": ("gelu", "swiglu", "relu2"),
+           "norm": ("layernorm", "rmsnorm", "rmsnorm_weightless")}
+NANOGPT_ARGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+
 
 def model_args(cfg):
-    """The fields of `cfg` (a GPTConfig or an extension of it) that make a model, as a dict."""
-    return {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+    """The fields of `cfg` (a GPTConfig or an extension of it) that make a model, as a dict.
+
+    nanoGPT's, and of the others what these and `block` do not give already: a GPT-2 has nanoGPT's
+    only, which nanoGPT can read.
+    """
+    asked = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}).resolved()
+    args = {name: getattr(asked, name) for name in NANOGPT_ARGS}
+    if asked.block != "gpt2":
+        args["block"] = asked.block
+    implied = asdict(GPTConfig(**args).resolved())
+    return args | {name: value for name, value in asdict(asked).items() if value != implied[name]}
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, in tensors made once for the whole context."""
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = (2, config.n_layer, batch_size, config.n_head, config.block_size,
+        shape = (2, config.n_layer, batch_size, config.n_kv_head, config.block_size,
                  config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)       # 2 x (L, B, H, T, D)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)       # 2 x (L, B, K, T, D)
         self.length = 0             # tokens in it
 
     def extend(self, layer, k, v):
-        """Add `k`, `v` (B, H, T, D) after what is there; return all keys and values of `layer`."""
+        """Add `k`, `v` (B, K, T, D) after what is there; return all keys and values of `layer`."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
@@ -119,22 +175,65 @@ def causal_attention(q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the dtype of its input, for which autocast leaves the weight too wide."""
+
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def make_norm(config, size, weightless=False):
+    """The norm of `config` over the last `size` numbers of a tensor."""
+    if config.norm == "layernorm" and not weightless:
+        return nn.LayerNorm(size, bias=config.bias)
+    return RMSNorm(size, eps=1e-6,
+                   elementwise_affine=not weightless and config.norm != "rmsnorm_weightless")
+
+
+def rotary(config, pos):
+    """Cosine and sine of the angles of places `pos` (T,), (T, D / 2) each (Su et al. 2021)."""
+    D = config.n_embd // config.n_head
+    speed = config.rope_theta ** (-torch.arange(0, D, 2, device=pos.device).float() / D)
+    angle = pos.float()[:, None] * speed                                      # (T, D / 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """`x` (B, H, T, D) where number i of a head turns together with number i + D / 2."""
+    a, b = x.float().chunk(2, 3)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), 3).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        C, D = config.n_embd, config.n_embd // config.n_head
+        self.sizes = [C, config.n_kv_head * D, config.n_kv_head * D]    # of q, k, v in c_attn
+        self.c_attn = nn.Linear(C, sum(self.sizes), bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.layer, self.config, self.dropout = layer, config, config.dropout
 
-    def forward(self, x, cache=None):
+    def forward(self, x, turn=None, cache=None):
         B, T, C = x.shape
-        H, D = self.n_head, C // self.n_head
-        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)   # 3 x (B, H, T, D)
+        H, K = self.config.n_head, self.config.n_kv_head
+        q, k, v = (part.view(B, T, -1, C // H).transpose(1, 2)                # (B, H or K, T, D)
+                   for part in self.c_attn(x).split(self.sizes, 2))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k = q.to(v.dtype), k.to(v.dtype)                 # a norm may leave them in fp32
+        if cache is not None:
+            k, v = cache.extend(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype))
+        if K < H:
+            k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         if cache is None:
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:                                               # each sees its own and all of the past
-            k, v = cache.extend(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype))
             mask = None if T == 1 else torch.ones(
                 T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask)
@@ -145,12 +244,19 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.kind, gates = config.mlp, 2 if config.mlp == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * config.n_inner, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        x = self.c_fc(x)                                                      # (B, T, inner)
+        if self.kind == "swiglu":                           # its rows: the gate, then what it opens
+            gate, x = x.chunk(2, 2)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x) if self.kind == "gelu" else F.relu(x).square()
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -158,38 +264,44 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, turn=None, cache=None):
+        x = x + self.attn(self.ln_1(x), turn, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 CHUNK = 2048                        # tokens, at most half of all, whose logits exist at once
 
 
-def loss_of_chunk(x, w, targets, counts, grad_w):
-    """Summed cross-entropy of `x @ w.T`, x (N, C), w (V, C), targets and counts (N,).
+def capped(logits, softcap):
+    """Logits between -softcap and softcap, all but unchanged near 0 (Gemma 2); 0: unchanged."""
+    return softcap * (logits / softcap).tanh() if softcap else logits
+
+
+def loss_of_chunk(x, w, targets, counts, grad_w, softcap=0.0):
+    """Summed cross-entropy of capped `x @ w.T`, x (N, C), w (V, C), targets and counts (N,).
 
     Where `grad_w` (V, C) is a tensor, the chunk's part of it is added there, and the gradient of
     `x` is the second result.
     """
     targets, counts = targets[:, None], counts[:, None]
-    logits = (x @ w.T).to(torch.promote_types(w.dtype, torch.float32))       # (N, V)
+    logits = capped((x @ w.T).to(torch.promote_types(w.dtype, torch.float32)), softcap)
     logsumexp = logits.logsumexp(1, keepdim=True)
     total = ((logsumexp - logits.gather(1, targets)) * counts).sum()
     if grad_w is None:
         return total, None
+    slope = 1 - (logits / softcap).square() if softcap else None              # of tanh
     if torch.compiler.is_compiling():       # becomes one pass, which a scatter would cut into three
         columns = torch.arange(w.size(0), device=w.device)
         grad = ((logits - logsumexp).exp() - (columns == targets).to(logits.dtype)) * counts
     else:
         grad = logits.sub_(logsumexp).exp_()
         grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype)).mul_(counts)
-    grad = grad.to(w.dtype)
+    grad = (grad if slope is None else grad * slope).to(w.dtype)
     grad_w += grad.T @ x
     return total, grad @ w
 
@@ -204,7 +316,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, needs_grad, chunk):
+    def forward(ctx, x, weight, targets, dtype, needs_grad, chunk, softcap=0.0):
         w, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
         counts = targets >= 0
         n = counts.sum()
@@ -213,7 +325,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         n_chunks = max(-(-len(x) // CHUNK), 2)
         pieces = (t.chunk(n_chunks) for t in (x.to(dtype), targets.clamp(min=0), counts))
         for x_c, targets_c, counts_c in zip(*pieces, strict=True):
-            total_c, grad_x_c = chunk(x_c, w, targets_c, counts_c, grad_w)
+            total_c, grad_x_c = chunk(x_c, w, targets_c, counts_c, grad_w, softcap)
             total += total_c
             grad_x.append(grad_x_c)
         if needs_grad:
@@ -224,7 +336,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w, n = ctx.saved_tensors
         scale = grad_loss / n               # in place: a second backward is an error, not a copy
-        return grad_x.to(grad_w.dtype) * scale, grad_w.mul_(scale), None, None, None, None
+        return grad_x.to(grad_w.dtype) * scale, grad_w.mul_(scale), None, None, None, None, None
+
+
+EMBEDDINGS = ("transformer.wte", "transformer.wpe", "lm_head")
 
 
 class GPT(nn.Module):
@@ -232,27 +347,46 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config = GPTConfig(**model_args(config))
+        self.config = config = GPTConfig(**model_args(config)).resolved()
+        learned = config.position == "learned"
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if learned else {}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=make_norm(config, config.n_embd),
         ))
+        if config.embed_norm:
+            self.transformer["ln_e"] = make_norm(config, config.n_embd, weightless=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight   # tied (Press and Wolf 2017)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight           # (Press and Wolf 2017)
         self.init_weights()
 
     def init_weights(self):
-        """N(0, 0.02), over sqrt(2 n_layer) for the 2 n_layer sums into the residual stream."""
+        """N(0, 0.02), over sqrt(2 n_layer) for the 2 n_layer sums into the residual stream.
+
+        With zero_init these start at 0, a head of its own too, and the other matrices of the blocks
+        at N(0, 0.55 / sqrt(C)). An embedding that is normalised and not tied starts at N(0, 1),
+        weights of normed queries and keys at 1.2: together 1.44, for sharper attention.
+        """
+        c = self.config
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(
-                    p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                nn.init.constant_(p, 1.2)
+            elif p.dim() == 2:
+                residual, block = name.endswith("c_proj.weight"), ".h." in name
+                std = 0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02
+                if c.zero_init and block:
+                    std = 0.0 if residual else 0.55 / math.sqrt(c.n_embd)
+                if not c.tie_word_embeddings:
+                    if "lm_head" in name and c.zero_init:
+                        std = 0.0
+                    if "wte" in name and c.embed_norm:
+                        std = 1.0
+                nn.init.normal_(p, std=std)
 
     def hidden(self, idx, cache=None):
         """What the last block and the final norm make of `idx` (B, T): (B, T, C)."""
@@ -261,10 +395,16 @@ class GPT(nn.Module):
         assert past + T <= self.config.block_size, \
             f"{past} + {T} tokens in a context of {self.config.block_size}"
         pos = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx)
-                                  + self.transformer.wpe(pos))                # (B, T, C)
+        x, turn = self.transformer.wte(idx), None                             # (B, T, C)
+        if self.config.embed_norm:
+            x = self.transformer.ln_e(x)
+        if self.config.position == "rotary":
+            turn = rotary(self.config, pos)
+        else:
+            x = x + self.transformer.wpe(pos)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, turn, cache)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -275,7 +415,8 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):         # it casts by itself, once for all
             return LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                            dtype, torch.is_grad_enabled(), self.loss_of_chunk)
+                                            dtype, torch.is_grad_enabled(), self.loss_of_chunk,
+                                            self.config.softcap)
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T) the mean cross-entropy in nats.
@@ -283,7 +424,11 @@ class GPT(nn.Module):
         Targets of -1 do not count. The logits of a loss never exist all at once.
         """
         x = self.hidden(idx)                                                  # (B, T, C)
-        return self.lm_head(x) if targets is None else self.loss(x, targets)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def logits(self, x):
+        """Logits (..., V) of what `hidden` made, x (..., C)."""
+        return capped(self.lm_head(x), self.config.softcap)
 
     def compile(self, **options):
         """Compile `hidden` and one chunk of the loss, in place; weights keep their names.
@@ -294,11 +439,11 @@ class GPT(nn.Module):
         self.loss_of_chunk = torch.compile(self.loss_of_chunk, **options)
 
     def n_params(self):
-        """Parameters: {"total": all, tied ones once, "without_embeddings": without wte and wpe}."""
+        """Parameters: {"total": all, tied ones once, "without_embeddings": norms and blocks}."""
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total,
-                "without_embeddings": total - self.transformer.wte.weight.numel()
-                                            - self.transformer.wpe.weight.numel()}
+        blocks = sum(p.numel() for name, p in self.named_parameters()
+                     if not name.startswith(EMBEDDINGS))
+        return {"total": total, "without_embeddings": blocks}
 
     def flops_per_token(self):
         """FLOPs of forward and backward per token of a full window, a multiply-add as two.
@@ -308,8 +453,9 @@ class GPT(nn.Module):
         twice that).
         """
         c = self.config
+        looked_up = ("transformer.wpe",) if c.tie_word_embeddings else EMBEDDINGS[:2]
         matmul = sum(p.numel() for name, p in self.named_parameters()
-                     if p.dim() == 2 and "wpe" not in name)
+                     if p.dim() == 2 and not name.startswith(looked_up))
         return 6 * matmul + 6 * c.n_layer * c.n_embd * c.block_size
 
     def crop_block_size(self, block_size):
@@ -317,9 +463,10 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"block_size = {block_size}, but this model has learned "
                              f"{self.config.block_size} positions")
-        self.config = GPTConfig(**{**asdict(self.config), "block_size": block_size})
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size], freeze=False)
+        self.config = replace(self.config, block_size=block_size)
+        if self.config.position == "learned":
+            self.transformer.wpe = nn.Embedding.from_pretrained(
+                self.transformer.wpe.weight[:block_size], freeze=False)
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loader
+import optim
 import runtime
 from configurator import run
 from model import CHUNK, GPT, GPTConfig
@@ -166,7 +167,7 @@ class Trace(TorchDispatchMode):
         self.peak, self.at_peak = self.total, self.kinds()
 
 
-def fused_chunk(x, w, targets, counts, grad_w):
+def fused_chunk(x, w, targets, counts, grad_w, softcap=0.0):
     """What model.loss_of_chunk keeps at a time where it is compiled: no wide logits."""
     logits, total = x @ w.T, x.new_zeros((), dtype=torch.float32)
     if grad_w is None:
@@ -204,11 +205,12 @@ def compiled_hidden(model):
     return lambda idx: traced(idx, *model.parameters())
 
 
-def trace(model, batch_size, dtype=torch.bfloat16, compiled=False):
+def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
     """Peak bytes of training `model` with micro-batches of `batch_size` windows, on fake tensors.
 
     `model` is a GPTConfig, or a function that makes a module whose call gives (logits, loss), such
-    as nanoGPT's. Returns {"micro_step", "optimizer_step", "evaluation": bytes, "by_kind": {kind:
+    as nanoGPT's; the optimizer and the average of weights are those of `cfg`, a TrainConfig, else
+    AdamW alone. Returns {"micro_step", "optimizer_step", "evaluation": bytes, "by_kind": {kind:
     bytes} at the peak of the micro-step}. Counts what is alive, all gradients included: neither
     CUDA's context nor what its allocator wastes. Not compiled, every operation's result counts.
     Compiled, the peak is at the loss, and passes that are fused with others have no results.
@@ -222,7 +224,10 @@ def trace(model, batch_size, dtype=torch.bfloat16, compiled=False):
             Trace() as traced:
         model = make()
         parameters = list(model.parameters())
-        optimizer = torch.optim.AdamW(parameters, fused=True)
+        optimizer = optim.configure_optimizer(model, cfg, torch.device("cpu"), dtype) if cfg \
+            else torch.optim.AdamW(parameters, fused=True)
+        traced.kind = "optimizer"
+        average = optim.Average(model, 1) if cfg and cfg.ema_half_life else None    # noqa: F841
         hidden = None
         if config:
             for block in model.transformer.h:
@@ -278,14 +283,14 @@ def divisor(n, limit):
     return next(d for d in range(min(n, int(limit)), 0, -1) if n % d == 0)
 
 
-def largest_batch(config, windows, room, dtype, compiled, known=None):
+def largest_batch(config, windows, room, dtype, compiled, known=None, cfg=None):
     """(batch_size, its trace): the largest divisor of `windows` that fits `room` bytes.
 
     `known` is (batch_size, trace) of one that is traced already. (0, trace of 1) where none fits.
     """
     limit = windows
     B, traced = known or (divisor(windows, max(CHUNK // config.block_size, 1)), None)
-    traced = traced or trace(config, B, dtype, compiled)
+    traced = traced or trace(config, B, dtype, compiled, cfg)
     fits = {}
     while True:
         fits[B] = traced if needed(traced) <= room else None
@@ -300,7 +305,7 @@ def largest_batch(config, windows, room, dtype, compiled, known=None):
         B = divisor(windows, max(min(guess, limit), best, 1))
         if B in fits:
             return best, fits.get(best) or traced
-        traced = trace(config, B, dtype, compiled)
+        traced = trace(config, B, dtype, compiled, cfg)
 
 
 # the machine
@@ -334,9 +339,9 @@ def choose_batch(cfg, config, on, dtype, compiled, world_size=1):
     windows = tokens_per_step(cfg) // cfg.block_size // world_size
     most = max(MOST_TOKENS.get(on["kind"], MOST_TOKENS["cpu"]) // cfg.block_size, 1)
     B = divisor(windows, most)
-    traced = trace(config, B, dtype, compiled)
+    traced = trace(config, B, dtype, compiled, cfg)
     if needed(traced) > on["room"]:
-        B, traced = largest_batch(config, windows, on["room"], dtype, compiled, (B, traced))
+        B, traced = largest_batch(config, windows, on["room"], dtype, compiled, (B, traced), cfg)
     B = B or 1                                              # which the plan then refuses
     return B, windows // B * world_size, traced
 
@@ -350,11 +355,12 @@ def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, tr
     """
     with torch.device("meta"):
         model = GPT(config)
-    groups = {"token embedding": model.transformer.wte, "positions": model.transformer.wpe,
-              "attention": [b.attn for b in model.transformer.h],
-              "MLP": [b.mlp for b in model.transformer.h]}
-    groups = {name: sum(p.numel() for m in (part if isinstance(part, list) else [part])
-                        for p in m.parameters()) for name, part in groups.items()}
+    parts = model.transformer
+    groups = {"token embedding": [parts.wte], "positions": [parts.wpe] if "wpe" in parts else [],
+              "head": [] if model.config.tie_word_embeddings else [model.lm_head],
+              "attention": [b.attn for b in parts.h], "MLP": [b.mlp for b in parts.h]}
+    groups = {name: sum(p.numel() for m in part for p in m.parameters())
+              for name, part in groups.items()}
     n = model.n_params()
     groups["norms"] = n["total"] - sum(groups.values())
 
@@ -367,10 +373,10 @@ def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, tr
         "steps_of_4_epochs": max(4 * unique // per_step, 1),
         "steps_compute_optimal": math.ceil(optimal / per_step) if optimal else None}
 
-    traced = traced or trace(config, cfg.batch_size, dtype, compiled)
+    traced = traced or trace(config, cfg.batch_size, dtype, compiled, cfg)
     windows = per_step // cfg.block_size // world_size
     largest, _ = largest_batch(config, windows, on["room"], dtype, compiled,
-                               (cfg.batch_size, traced))
+                               (cfg.batch_size, traced), cfg)
     memory = {**traced, "needed": needed(traced), "room": on["room"], "of": on["memory"],
               "largest_batch_size": largest, "compiled": compiled,
               "its_accumulation": windows // largest * world_size if largest else None}
@@ -392,12 +398,15 @@ def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, tr
     seconds["run"] = steps * seconds["step"] + evaluations * seconds["evaluation"] \
         if measured else None
 
-    checkpoint = 12 * n["total"]                            # weights and AdamW's two moments, fp32
+    # in fp32 the weights, AdamW's two moments of each (Muon has one of a matrix), the average
+    matrices = groups["attention"] + groups["MLP"] if cfg.optimizer == "muon" else 0
+    checkpoint = 12 * n["total"] - 4 * matrices + 4 * n["total"] * (cfg.ema_half_life > 0)
     out_dir = Path(cfg.out_dir).absolute()
     parent = next(p for p in (out_dir, *out_dir.parents) if p.exists())
     there = {f.stat().st_ino: f.stat().st_size for f in out_dir.glob("*.pt")}   # links count once
-    disk = {"checkpoint": checkpoint,                       # newest, best and one being written:
-            "checkpoints": max(3 * checkpoint - sum(there.values()), 0),
+    kept = 3 + (cfg.lr_schedule == "wsd")           # newest, best, one being written, stable
+    disk = {"checkpoint": checkpoint,
+            "checkpoints": max(kept * checkpoint - sum(there.values()), 0),
             "data": 0 if data["prepared"] else 2 * (data["tokens"] + data["val_tokens"]),
             "free": shutil.disk_usage(parent).free}
     return {"machine": on, "parameters": {**n, **groups}, "tokens": tokens, "memory": memory,
@@ -426,8 +435,8 @@ def lines(plan, cfg, now=None):
     n, t, memory, s = plan["parameters"], plan["tokens"], plan["memory"], plan["time"]
     kinds = ", ".join(f"{name} {memory['by_kind'].get(name, 0) / GIB:.2f}" for name in
                       ("weights", "gradients", "optimizer", "activations", "loss"))
-    groups = ", ".join(f"{_count(n[name])} {name}" for name in
-                       ("token embedding", "positions", "attention", "MLP", "norms"))
+    groups = ", ".join(f"{_count(n[name])} {name}" for name in (
+        "token embedding", "positions", "head", "attention", "MLP", "norms") if n[name])
     error = f" (+- {_count(t['error'])})" if t["error"] else ""
     documents = f" in {t['documents']:,} documents" if t["documents"] else ""
     source = "" if t["prepared"] else f" (from {t['how']}; not prepared yet)"
@@ -444,7 +453,8 @@ def lines(plan, cfg, now=None):
         told.append(f"           {_count(t['unique'])} tokens are new and {_count(t['repeated'])} "
                     f"repeated: worth {_count(t['worth'])} new ones (Muennighoff et al. 2023)")
     optimal, four = t["steps_compute_optimal"], t["steps_of_4_epochs"]
-    told.append(f"           4 epochs: --max_iters={four} --lr_decay_iters={four}; compute-optimal "
+    follows = f" --lr_decay_iters={four}" if cfg.lr_schedule == "cosine" else ""
+    told.append(f"           4 epochs: --max_iters={four}{follows}; compute-optimal "
                 f"({TOKENS_PER_PARAMETER} tokens a parameter): " +
                 (f"{optimal:,} steps" if optimal else "more than this data can be worth"))
     if t["epochs"] > 16:

@@ -82,7 +82,7 @@ def generate(model, idx, max_new_tokens, draw, use_cache=True):
         else:
             new = context[:, -1:] if use_cache else context
         hidden = model.hidden(new, cache)[:, -1]                    # (B, C)
-        token = draw(model.lm_head(hidden))
+        token = draw(model.logits(hidden))
         context = torch.cat([context, token], dim=1)
         yield token
 

@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 import loader
+import optim
 import plan
 import prepare
 import runtime
@@ -63,16 +65,32 @@ class TrainConfig(GPTConfig):
     # model: block_size, n_layer, ... are GPTConfig's
     bias: bool = False                      # in Linear and LayerNorm; False: a bit better, faster
     # optimizer
-    learning_rate: float = 6e-4             # at the peak
+    optimizer: str = "adamw"                # adamw, or muon: for the blocks' matrices, adamw beside
+    learning_rate: float = 6e-4             # at the peak; of muon about 0.02
     max_iters: int = 600000                 # steps in all
     weight_decay: float = 0.1               # on matrices, not on biases and norms
     beta1: float = 0.9                      # AdamW's memory of the gradient
     beta2: float = 0.95                     # AdamW's memory of its square
     grad_clip: float = 1.0                  # clip gradients to this norm; 0 = never
     decay_lr: bool = True                   # warm up and decay; False: learning_rate all the way
+    lr_schedule: str = "cosine"             # cosine, or wsd: warm up, stay, cool down to the end
     warmup_iters: int = 2000                # steps of warm-up
-    lr_decay_iters: int = 600000            # step at which min_lr is reached; usually max_iters
+    lr_decay_iters: int = 600000            # of cosine: step where min_lr is reached: max_iters
+    cooldown: float = 0.4                   # of wsd: this share of max_iters, linear to min_lr
     min_lr: float = 6e-5                    # learning rate at the end, usually a tenth of the peak
+    # of optimizer = 'muon' only
+    embedding_lr: float = 0.25              # of wte, at n_embd = 768: times sqrt(768 / n_embd)
+    head_lr: float = 0.003                  # of lm_head, and of a wte tied to it, likewise
+    scalar_lr: float = 0.006                # of norms, biases and wpe
+    embedding_weight_decay: float = 0.001   # of wte
+    head_weight_decay: float = 0.01         # of lm_head
+    momentum: float = 0.95                  # of the matrices, from 0.85 at the start
+    momentum_warmup: int = 300              # steps until it is there
+    muon_beta2: float = 0.95                # memory of each output's size (NorMuon); 0 = none
+    cautious: bool = True                   # weight decay only where the update shrinks it too
+    # many epochs
+    ema_half_life: int = 0                  # steps; also evaluate an average of the weights; 0: no
+    patience: int = 0                       # stop after so many evaluations without a best; 0: no
     # machine
     backend: str = "auto"                   # of torchrun: nccl (CUDA), gloo (else)
     device: str = "auto"                    # cuda, cuda:1, mps, cpu; auto takes the best there is
@@ -98,7 +116,23 @@ class TrainConfig(GPTConfig):
                              "how much a step is")
         if self.batch_size and self.tokens_per_step:    # a frozen dataclass's only way to derive
             object.__setattr__(self, "gradient_accumulation_steps", self.tokens_per_step // chunk)
-        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
+        for name, known in dict(optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd")).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r}; use {' or '.join(known)}")
+        for name in ("learning_rate", "ema_half_life", "patience", "momentum_warmup"):
+            if getattr(self, name) < 0 or name == "learning_rate" and not self.learning_rate:
+                raise ValueError(f"{name} = {getattr(self, name)} cannot be negative"
+                                 f"{' or 0' * (name == 'learning_rate')}")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown = {self.cooldown} is a share of max_iters, from 0 to 1")
+        wsd = self.decay_lr and self.lr_schedule == "wsd"
+        if wsd and optim.cooldown_start(self) < self.warmup_iters:
+            raise ValueError(
+                f"warmup_iters = {self.warmup_iters} reaches into the cooldown, which starts at "
+                f"step {optim.cooldown_start(self)} (max_iters = {self.max_iters}, cooldown = "
+                f"{self.cooldown:g}). Nearest that works: --warmup_iters="
+                f"{optim.cooldown_start(self)}")
+        if self.decay_lr and not wsd and self.lr_decay_iters <= self.warmup_iters:
             raise ValueError(f"lr_decay_iters = {self.lr_decay_iters} must come after "
                              f"warmup_iters = {self.warmup_iters}, or set --decay_lr=False")
 
@@ -164,15 +198,45 @@ def load_resume(cfg, world):
                              "--out_dir=OTHER starts beside it, "
                              "--overwrite starts over and replaces it")
         return None
-    parts = checkpoint.load(newest)
-    then = {**parts["model_args"], **parts.get("config", {})}   # what was asked for when it began
-    changed = [f"{k} is {then[k]} there and {v} here" for k, v in model_args(cfg).items()
-               if k not in ("dropout", "vocab_size") and then[k] != v]
+    parts = before_cooldown(checkpoint.load(newest), cfg)
+    # what was asked for when it began; a vocabulary may have been smaller
+    asked = {k: v for k, v in parts.get("config", {}).items() if k in GPTConfig.__annotations__}
+    then, now = (asdict(GPTConfig(**args).resolved()) for args in (
+        {**parts["model_args"], **asked}, model_args(cfg)))
+    changed = [k for k, v in now.items() if k not in ("dropout", "vocab_size") and then[k] != v]
+    set_here = [k for k in changed if getattr(cfg, k) is not None
+                and (getattr(cfg, k) or k not in ("n_inner", "n_kv_head"))]
+    changed = [f"{k} is {then[k]} there and {now[k]} here" for k in set_here or changed]
     if changed:
         raise ValueError(f"cannot resume {newest}: {'; '.join(changed)}. "
                          "Weights fit one shape only; give the settings of that run, "
                          "or start another --out_dir")
     return parts
+
+
+def before_cooldown(parts, cfg):
+    """`parts`, or stable.pt where they are in a cooldown that a longer run has not come to yet.
+
+    Only from before it does a longer run go on without a jump of the learning rate.
+    """
+    then = {**asdict(cfg), **parts.get("config", {})}
+    began = optim.cooldown_start(SimpleNamespace(**then))
+    if "wsd" not in (cfg.lr_schedule, then["lr_schedule"]) or not cfg.decay_lr \
+            or parts["iter_num"] <= began or optim.cooldown_start(cfg) <= began:
+        return parts
+    stable = Path(cfg.out_dir) / checkpoint.STABLE
+    if not stable.is_file() or cfg.lr_schedule != then["lr_schedule"]:
+        if cfg.force:
+            return parts
+        raise ValueError(
+            f"{cfg.out_dir} is at step {parts['iter_num']:,}, its learning rate has come down from "
+            f"step {began:,} on, and max_iters = {cfg.max_iters:,} would raise it again, which "
+            f"costs more than it gives" + (f"; {stable}, from before that, is not there" if
+                                           cfg.lr_schedule == then["lr_schedule"] else "") +
+            ". --force does it all the same")
+    before = checkpoint.load(stable)
+    before["best_val_loss"] = min(before["best_val_loss"], parts["best_val_loss"])
+    return before
 
 
 def check_continues(cfg, parts, data):
@@ -183,27 +247,6 @@ def check_continues(cfg, parts, data):
     if changed and not cfg.force:
         raise ValueError(f"cannot resume {cfg.out_dir}: {'; '.join(changed)}. "
                          "--force resumes all the same")
-
-
-def configure_optimizer(model, cfg, device):
-    """AdamW that decays matrices (2-D weights) and leaves biases and norms alone."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": decay, "weight_decay": cfg.weight_decay},
-         {"params": rest, "weight_decay": 0.0}],
-        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-        fused=device.type in ("cuda", "cpu", "mps"))
-
-
-def lr_at(step, cfg):
-    """Learning rate of step `step`: linear warm-up, then a cosine from learning_rate to min_lr."""
-    if not cfg.decay_lr:
-        return cfg.learning_rate
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    done = min((step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters), 1.0)
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 # while it runs
@@ -361,9 +404,10 @@ def main(cfg):
     model.to(device)
 
     # optimizer, and the state of a run that goes on
-    optimizer = configure_optimizer(model, cfg, device)
+    optimizer = optim.configure_optimizer(model, cfg, device, dtype)
+    average = optim.Average(model, cfg.ema_half_life) if cfg.ema_half_life else None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    step, best_val_loss, hours_before = 0, float("inf"), 0.0
+    step, best_val_loss, hours_before, not_better = 0, float("inf"), 0.0, 0
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
     if parts:
         check_continues(cfg, parts, data)
@@ -372,7 +416,9 @@ def main(cfg):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)              # today's settings, not those of the checkpoint
         step, best_val_loss = parts["iter_num"], float(parts["best_val_loss"])
-        hours_before = parts.get("hours", 0.0)
+        hours_before, not_better = parts.get("hours", 0.0), parts.get("not_better", 0)
+        if average and "average" in parts:
+            average.weights = {name: w.to(device) for name, w in parts["average"].items()}
         if scaler.is_enabled() and parts.get("scaler"):
             scaler.load_state_dict(parts["scaler"])
         if world.rank < len(parts.get("rng", [])):
@@ -386,7 +432,7 @@ def main(cfg):
     log = wandb = None
     if world.is_main and not cfg.eval_only:
         if cfg.init_from != "resume":           # an older run is here only with --overwrite
-            for name in (checkpoint.NEWEST, checkpoint.BEST):
+            for name in (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE):
                 (out_dir / name).unlink(missing_ok=True)
         write_config_file(out_dir / "config.py", cfg)
         log = Log(out_dir / "log.jsonl", step if cfg.init_from == "resume" else None)
@@ -406,17 +452,30 @@ def main(cfg):
     peak_flops = runtime.peak_flops(device, dtype)
 
     def save():
+        """Write ckpt.pt, and what is the same or its average as best.pt and stable.pt."""
         gc.collect()
         rng = world.gather(runtime.rng_state(device))
-        if world.is_main:
-            checkpoint.save({
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "model_args": asdict(model.config), "iter_num": step,
-                "best_val_loss": best_val_loss, "config": asdict(cfg),
-                "scaler": scaler.state_dict(), "rng": rng,
-                "dataset": data.fingerprint, "seed": cfg.seed,
-                "tokens_per_step": tokens_per_step(cfg),
-                "hours": hours(), "versions": runtime.versions()}, out_dir / checkpoint.NEWEST)
+        if not world.is_main:
+            return
+        parts = {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "model_args": model_args(model.config), "iter_num": step,
+            "best_val_loss": best_val_loss, "config": asdict(cfg),
+            "scaler": scaler.state_dict(), "rng": rng,
+            "dataset": data.fingerprint, "seed": cfg.seed,
+            "tokens_per_step": tokens_per_step(cfg), "not_better": not_better,
+            "hours": hours(), "versions": runtime.versions()}
+        if average:
+            parts["average"] = average.weights
+        checkpoint.save(parts, out_dir / checkpoint.NEWEST)
+        if improved and average_wins:
+            with average:
+                checkpoint.save({**parts, "model": model.state_dict(), "average": {}},
+                                out_dir / checkpoint.BEST)
+        elif improved:
+            checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.BEST)
+        if stable:
+            checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.STABLE)
 
     def hours():
         return hours_before + (time.time() - began) / 3600
@@ -455,37 +514,47 @@ def main(cfg):
     while True:
         # evaluate, save, stop; a checkpoint that is resumed was evaluated before it was saved
         last, trained = step >= cfg.max_iters, step > step_at_start
-        improved = worth_saving = False
+        improved = worth_saving = average_wins = given_up = False
+        stable = trained and cfg.decay_lr and cfg.lr_schedule == "wsd" \
+            and step == optim.cooldown_start(cfg)
         if cfg.eval_only or (trained or step == 0) and (last or step % cfg.eval_interval == 0):
             val_loss, B_eval = smaller_when_full(
                 lambda B: evaluate(model, val, n_val, B, world, autocast),
                 B_eval, world, "an evaluation")
-            say(f"step {step:,}: val loss {val_loss:.4f}")
+            told = {"val_loss": val_loss}
+            if average and trained:
+                with average:
+                    told["average_val_loss"], B_eval = smaller_when_full(
+                        lambda B: evaluate(model, val, n_val, B, world, autocast),
+                        B_eval, world, "an evaluation")
+                average_wins = told["average_val_loss"] < val_loss
+            say(f"step {step:,}: val loss {val_loss:.4f}" + "".join(
+                f", of the averaged weights {loss:.4f}" for loss in [*told.values()][1:]))
             if cfg.eval_only:
                 break
-            improved = val_loss < best_val_loss
+            improved = min(told.values()) < best_val_loss
+            not_better = 0 if improved else not_better + 1
+            given_up = cfg.patience and not_better >= cfg.patience
             worth_saving = improved or cfg.always_save_checkpoint
-            best_val_loss = min(best_val_loss, val_loss)
+            best_val_loss = min(best_val_loss, *told.values())
             if world.is_main:
-                log.write(step=step, val_loss=val_loss, hours=hours())
+                log.write(step=step, **told, hours=hours())
                 if wandb:
-                    wandb.log({"iter": step, "val/loss": val_loss}, step=step)
+                    wandb.log({"iter": step, **{f"val/{k.replace('val_', '')}": v
+                                                for k, v in told.items()}}, step=step)
         out_of_time = trained and cfg.max_hours and time.time() - began > cfg.max_hours * 3600
-        ending = world.any(last or stop.is_set() or out_of_time)
+        ending = world.any(last or given_up or stop.is_set() or out_of_time)
         overdue = time.time() - saved_at > cfg.save_minutes * 60
-        if trained and world.any(worth_saving or ending or overdue):
+        if trained and world.any(worth_saving or stable or ending or overdue):
             save()
             saved_at = time.time()
-            if improved and world.is_main:
-                checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.BEST)
         if ending:
             break
 
         # one step
         t0 = time.time()
-        lr = lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = optim.lr_at(step, cfg)
+        optim.set_rates(optimizer, lr, optim.momentum_at(step, cfg))
         step_loss, _ = smaller_when_full(gradients, B, world, "a step")
         step_loss = world.sum(step_loss / world.size)
         scaler.unscale_(optimizer)
@@ -504,6 +573,8 @@ def main(cfg):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.update()
         step += 1
 
         if step == step_at_start + 2 and device.type == "cuda" and world.is_main:
@@ -546,9 +617,11 @@ def main(cfg):
     gc.enable()
     gc.unfreeze()
     if not cfg.eval_only:
-        why = "finished" if last else "max_hours are over" if out_of_time else "stopped on request"
+        why = "finished" if last else "max_hours are over" if out_of_time else \
+            f"no better val loss in {not_better} evaluations, stopped" if given_up else \
+            "stopped on request"
         say(f"{why} at step {step:,} after {hours():.2f} hours, best val loss {best_val_loss:.4f}. "
-            + (f"`python sample.py --out_dir={out_dir}` samples from it" if last
+            + (f"`python sample.py --out_dir={out_dir}` samples from it" if last or given_up
                else "--init_from=resume goes on"))
     if wandb:
         wandb.finish()

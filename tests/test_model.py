@@ -20,6 +20,19 @@ def small(seed=0, **changes):
     return GPT(GPTConfig(**{**SMALL, **changes})).eval()
 
 
+EVERY_KIND = [dict(), dict(block="modern"), dict(block="modern", n_kv_head=2, softcap=5.0),
+              dict(position="rotary", norm="rmsnorm_weightless", mlp="relu2", bias=False)]
+kinds = pytest.mark.parametrize("kind", EVERY_KIND, ids=["gpt2", "modern", "grouped", "mixed"])
+
+
+def stirred(model):
+    """`model` with noise on every weight, so that zeros, ones and biases matter too."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
 def hf_twin(model):
     """transformers' GPT-2 with the weights of `model`."""
     transformers = pytest.importorskip("transformers")
@@ -41,14 +54,118 @@ def hf_twin(model):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_and_loss_are_those_of_transformers(bias):
-    model = small(bias=bias)
-    with torch.no_grad():
-        for p in model.parameters():                    # biases and norms too must matter
-            p.add_(0.05 * torch.randn_like(p))
+    model = stirred(small(bias=bias))
     twin = hf_twin(model)
     idx = torch.randint(320, (2, 32))
     assert torch.allclose(model(idx), twin(idx).logits, atol=2e-5)
     assert torch.allclose(model(idx[:, :-1], idx[:, 1:]), twin(idx, labels=idx).loss, atol=1e-5)
+
+
+def qwen3_twin(model):
+    """transformers' Qwen3ForCausalLM with the weights of `model`, whose block is modern."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    twin = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.n_embd // c.n_head,
+        num_key_value_heads=c.n_kv_head, intermediate_size=c.n_inner, hidden_act="silu",
+        rms_norm_eps=1e-6, tie_word_embeddings=c.tie_word_embeddings, attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        attn_implementation="eager")).eval()
+    table = model.transformer.wte.weight.detach()
+    if c.embed_norm:                        # the same function of a token, once and for all
+        table = F.rms_norm(table, (c.n_embd,), eps=1e-6)
+    weights = {"model.embed_tokens.weight": table, "lm_head.weight": model.lm_head.weight,
+               "model.norm.weight": model.transformer.ln_f.weight}
+    for i, block in enumerate(model.transformer.h):
+        q, k, v = block.attn.c_attn.weight.split(block.attn.sizes)
+        gate, up = block.mlp.c_fc.weight.chunk(2)
+        weights.update({f"model.layers.{i}.{name}.weight": w for name, w in {
+            "input_layernorm": block.ln_1.weight, "post_attention_layernorm": block.ln_2.weight,
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attn.c_proj.weight,
+            "self_attn.q_norm": block.attn.q_norm.weight,
+            "self_attn.k_norm": block.attn.k_norm.weight, "mlp.gate_proj": gate,
+            "mlp.up_proj": up, "mlp.down_proj": block.mlp.c_proj.weight}.items()})
+    twin.load_state_dict(weights)
+    return twin
+
+
+@pytest.mark.parametrize("kind", [
+    dict(), dict(n_kv_head=2), dict(n_inner=96, rope_theta=500.0),
+    dict(tie_word_embeddings=True, embed_norm=False)])
+def test_the_modern_block_is_that_of_transformers_qwen3(kind):
+    model = stirred(small(block="modern", **kind))
+    twin = qwen3_twin(model)
+    idx = torch.randint(320, (2, 32))
+    ours, theirs = model(idx), twin(idx).logits
+    assert ours.std() > 0.3 and torch.allclose(ours, theirs, atol=2e-5)
+    assert torch.allclose(model(idx[:, :-1], idx[:, 1:]), twin(idx, labels=idx).loss, atol=1e-5)
+
+
+def test_each_setting_of_a_block_can_be_set_alone():
+    norms = {"layernorm": torch.nn.LayerNorm, "rmsnorm": torch.nn.RMSNorm}
+    for block, other in (("gpt2", "modern"), ("modern", "gpt2")):
+        for name, value in model_file.BLOCKS[other].items():
+            model = small(block=block, **{name: value})
+            assert {n: getattr(model.config, n) for n in model_file.BLOCKS[block]} \
+                == {**model_file.BLOCKS[block], name: value}
+            c, attn = model.config, model.transformer.h[0].attn
+            assert (model.lm_head.weight is model.transformer.wte.weight) == c.tie_word_embeddings
+            assert ("wpe" in model.transformer) == (c.position == "learned")
+            assert isinstance(model.transformer.ln_f, norms[c.norm])
+            assert hasattr(attn, "q_norm") == c.qk_norm
+            assert (attn.c_attn.bias is not None) == c.bias
+            assert model.transformer.h[0].mlp.c_fc.weight.size(0) \
+                == (2 * 192 if c.mlp == "swiglu" else 256)
+            assert ("ln_e" in model.transformer) == c.embed_norm
+            assert bool((attn.c_proj.weight == 0).all()) == c.zero_init
+            args = model_args(c)                    # a checkpoint's, from which it is made again
+            assert GPT(GPTConfig(**args)).config == c
+
+
+def test_a_gpt2s_arguments_are_those_that_nanogpt_knows():
+    assert list(model_args(TrainConfig())) == ["block_size", "vocab_size", "n_layer", "n_head",
+                                               "n_embd", "dropout", "bias"]
+    assert model_args(TrainConfig(block="modern"))["block"] == "modern"
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(block="modem"), "block = 'modem'; use gpt2 or modern"),
+    (dict(norm="rms"), "norm = 'rms'; use layernorm or rmsnorm or rmsnorm_weightless"),
+    (dict(n_head=6, n_embd=96, n_kv_head=4),
+     "n_head = 6 is not a multiple of n_kv_head = 4. Nearest that works: 2"),
+    (dict(block="modern", n_embd=60),
+     "n_embd / n_head = 15 is odd. Nearest that works: n_embd = 64"),
+    (dict(softcap=-1.0), "softcap = -1.0 cannot be negative")])
+def test_a_shape_that_cannot_be_is_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        small(**settings)
+
+
+def test_the_modern_block_starts_knowing_nothing_at_all():
+    model = small(block="modern", vocab_size=50304, n_embd=256)
+    idx = torch.randint(50257, (4, 32))
+    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(math.log(50304), abs=1e-5)
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight") or name == "lm_head.weight":
+            assert (p == 0).all(), name
+        elif p.dim() == 2:
+            std = 1.0 if "wte" in name else 0.55 / 16
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+        else:
+            assert (p == (1.2 if "q_norm" in name or "k_norm" in name else 1.0)).all(), name
+
+
+def test_rotary_positions_know_distances_and_not_places():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    config = GPTConfig(n_embd=64, n_head=4)
+    at = [model_file.rotary(config, torch.tensor([place])) for place in (3, 10, 103, 110)]
+    near, far = ((model_file.rotate(q, *at[i]) * model_file.rotate(k, *at[i + 1])).sum()
+                 for i in (0, 2))
+    other = (model_file.rotate(q, *at[0]) * model_file.rotate(k, *at[2])).sum()
+    assert near == pytest.approx(far.item(), abs=1e-4) and abs(near - other) > 0.1
 
 
 def test_weights_read_back_from_a_folder_of_transformers(work):
@@ -69,8 +186,9 @@ def test_a_folder_that_is_no_gpt2_is_refused(work):
         GPT.from_pretrained(str(work / "nothing"))
 
 
-def test_a_token_sees_its_past_and_never_its_future():
-    model = small()
+@kinds
+def test_a_token_sees_its_past_and_never_its_future(kind):
+    model = stirred(small(**kind))
     idx = torch.randint(320, (1, 32))
     changed = idx.clone()
     changed[0, 20:] = 7
@@ -87,8 +205,9 @@ def test_targets_of_minus_one_do_not_count():
     assert torch.allclose(model(idx, masked), model(idx[:1], targets[:1]), atol=1e-6)
 
 
-def test_the_loss_is_the_mean_over_tokens_in_fp32():
-    model = small()
+@kinds
+def test_the_loss_is_the_mean_over_tokens_in_fp32(kind):
+    model = stirred(small(**kind))
     idx, targets = torch.randint(320, (3, 16)), torch.randint(320, (3, 16))
     by_hand = -F.log_softmax(model(idx).double(), -1).gather(2, targets[..., None]).mean()
     assert model(idx, targets).item() == pytest.approx(by_hand.item(), rel=1e-6)
@@ -96,7 +215,7 @@ def test_the_loss_is_the_mean_over_tokens_in_fp32():
         assert model(idx, targets).dtype == torch.float32
 
 
-def both_losses(dtype, n=45, vocabulary=320, width=64):
+def both_losses(dtype, softcap=0.0, n=45, vocabulary=320, width=64):
     """(loss, gradient of x, of the weights) in chunks, and by F.cross_entropy in the wide dtype."""
     torch.manual_seed(1)
     wide = torch.promote_types(dtype, torch.float32)
@@ -106,8 +225,10 @@ def both_losses(dtype, n=45, vocabulary=320, width=64):
     targets[[0, 7, 30]] = -1
     results = []
     for loss in (lambda x, w: model_file.LinearCrossEntropy.apply(
-                     x, w, targets, dtype, True, model_file.loss_of_chunk),
-                 lambda x, w: F.cross_entropy(x @ w.T, targets, ignore_index=-1)):
+                     x, w, targets, dtype, True, model_file.loss_of_chunk, softcap),
+                 lambda x, w: F.cross_entropy(
+                     softcap * torch.tanh(x @ w.T / softcap) if softcap else x @ w.T, targets,
+                     ignore_index=-1)):
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         value = loss(x, w)
         (3 * value).backward()
@@ -116,11 +237,12 @@ def both_losses(dtype, n=45, vocabulary=320, width=64):
 
 
 @pytest.mark.parametrize("compiling", [False, True])      # each has its own lines for the gradient
-@pytest.mark.parametrize("chunk", [1, 16, 45, 1024])
-def test_the_loss_in_chunks_and_its_gradients_are_the_plain_ones(monkeypatch, chunk, compiling):
+@pytest.mark.parametrize("chunk, softcap", [(1, 0.0), (16, 0.0), (45, 0.0), (1024, 0.0), (16, 2.0)])
+def test_the_loss_in_chunks_and_its_gradients_are_the_plain_ones(monkeypatch, chunk, softcap,
+                                                                 compiling):
     monkeypatch.setattr(model_file, "CHUNK", chunk)
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
-    for ours, plain in zip(*both_losses(torch.float64), strict=True):
+    for ours, plain in zip(*both_losses(torch.float64, softcap), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
 
@@ -186,10 +308,11 @@ def test_attention_in_pieces_is_attention(monkeypatch, length):
         assert torch.allclose(ours, right, atol=1e-5)
 
 
-def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("kind", EVERY_KIND[0:3:2], ids=["gpt2", "modern"])
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, kind):
     monkeypatch.setattr(model_file, "CHUNK", 24)
     monkeypatch.setattr(model_file, "PIECE", 20)
-    model = small(n_layer=1)
+    model = stirred(small(n_layer=1, **kind))
     model.train()
     idx, targets = torch.randint(320, (3, 32)), torch.randint(320, (3, 32))
     model(idx, targets).backward()
@@ -205,9 +328,10 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatc
         assert torch.allclose(p.grad, plain[name], atol=1e-5), name
 
 
+@kinds
 @pytest.mark.parametrize("pieces", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
-def test_keys_and_values_from_the_cache_change_nothing(pieces):
-    model = small()
+def test_keys_and_values_from_the_cache_change_nothing(pieces, kind):
+    model = stirred(small(**kind))
     idx = torch.randint(320, (2, sum(pieces)))
     cache, at, parts = KVCache(model.config, 2, idx.device, torch.float32), 0, []
     with torch.no_grad():
@@ -260,8 +384,9 @@ def test_parameters_are_counted_as_they_are(shape, total, without):
             == pytest.approx(total, rel=0.002))
 
 
-def test_flops_per_token_are_those_that_torch_counts():
-    model = small(bias=False)
+@kinds
+def test_flops_per_token_are_those_that_torch_counts(kind):
+    model = small(**{**kind, "bias": False})
     idx = torch.randint(320, (4, 32))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
             torch.nn.attention.SDPBackend.MATH):
@@ -273,12 +398,13 @@ def test_flops_per_token_are_those_that_torch_counts():
             == pytest.approx(counted, rel=1e-6))
 
 
-def test_cropping_forgets_positions_only():
-    model = small()
+@kinds
+def test_cropping_forgets_positions_only(kind):
+    model = stirred(small(**kind))
     idx = torch.randint(320, (1, 16))
     before = model(idx)
     model.crop_block_size(16)
     assert torch.equal(model(idx), before) and model.config.block_size == 16
-    assert model.transformer.wpe.weight.requires_grad
+    assert kind or model.transformer.wpe.weight.requires_grad
     with pytest.raises(ValueError, match="has learned 16 positions"):
         model.crop_block_size(64)

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 import checkpoint
+import optim
 import runtime
 import train
 from configurator import configure
@@ -94,7 +95,7 @@ def test_a_step_is_what_torch_makes_of_the_same_windows(tiny):
         betas=(0.9, 0.95), foreach=False)
     for step, told in enumerate(log()[s, "train_loss"] for s in (1, 2, 3)):
         for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(step, cfg)
+            group["lr"] = optim.lr_at(step, cfg)
         loss = model(*data.training_batch(step * 8, 8))
         assert told == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
@@ -142,18 +143,18 @@ def test_how_often_it_is_evaluated_changes_nothing_else(tiny):
 
 def test_the_learning_rate_warms_up_and_follows_the_cosine():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
-    rates = [train.lr_at(s, cfg) for s in range(130)]
+    rates = [optim.lr_at(s, cfg) for s in range(130)]
     assert (rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
             and rates[10] == 1.0)
     assert rates[60] == pytest.approx(0.55) and rates[110:] == [pytest.approx(0.1)] * 20
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert train.lr_at(0, TrainConfig(decay_lr=False, learning_rate=0.3)) == 0.3
+    assert optim.lr_at(0, TrainConfig(decay_lr=False, learning_rate=0.3)) == 0.3
 
 
 def test_weight_decay_falls_on_matrices_only():
     cfg = TrainConfig(**{**TINY, "bias": True})
     model = GPT(GPTConfig(**model_args(cfg)))
-    decayed, free = train.configure_optimizer(model, cfg, torch.device("cpu")).param_groups
+    decayed, free = optim.configure_optimizer(model, cfg, torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
     assert all(names[id(p)].endswith("weight") and "ln" not in names[id(p)]
@@ -209,18 +210,18 @@ def test_a_resumed_run_is_the_uninterrupted_run(tiny, stop_at, dropout):
 
 def stop_after(steps, **settings):
     """Run, and ask to stop as Ctrl-C does while step `steps` is under way."""
-    ordinary, seen = train.lr_at, []
+    ordinary, seen = optim.lr_at, []
 
     def counting(step, cfg):
         if step == steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
         seen.append(step)
         return ordinary(step, cfg)
-    train.lr_at = counting
+    optim.lr_at = counting
     try:
         run(**settings)
     finally:
-        train.lr_at = ordinary
+        optim.lr_at = ordinary
     assert seen[-1] == steps - 1
 
 
@@ -259,7 +260,7 @@ def test_todays_settings_win_over_those_of_the_checkpoint(tiny):
     run(init_from="resume", weight_decay=0.3, beta2=0.9, learning_rate=5e-3, dropout=0.1)
     groups = checkpoint.load("out/ckpt.pt")["optimizer"]["param_groups"]
     assert groups[0]["weight_decay"] == 0.3 and groups[0]["betas"] == (0.9, 0.9)
-    assert log()[6, "lr"] == train.lr_at(5, TrainConfig(**{**TINY, "learning_rate": 5e-3}))
+    assert log()[6, "lr"] == optim.lr_at(5, TrainConfig(**{**TINY, "learning_rate": 5e-3}))
 
 
 def test_fp16_resumes_with_its_loss_scale(tiny):
@@ -293,6 +294,98 @@ def test_resuming_something_else_is_an_error_that_names_it(tiny, change, words):
 def test_resuming_nothing_is_named(tiny):
     with pytest.raises(FileNotFoundError, match="out/ckpt.pt does not exist"):
         run(init_from="resume")
+
+
+# muon, schedules, averages
+
+MUON = dict(block="modern", optimizer="muon", lr_schedule="wsd", cooldown=0.5, learning_rate=0.02,
+            min_lr=0.0, embedding_lr=0.05, momentum_warmup=4)
+
+
+def test_muon_and_the_modern_block_learn(tiny):
+    run(max_iters=60, eval_interval=60, eval_iters=20, **MUON)
+    run(out_dir="out-gpt2", max_iters=60, lr_decay_iters=60, eval_interval=60, eval_iters=20)
+    told, gpt2 = log(), log("out-gpt2")
+    assert told[0, "val_loss"] == pytest.approx(math.log(64), abs=1e-4)
+    assert told[60, "val_loss"] < gpt2[60, "val_loss"] < told[0, "val_loss"] - 0.5
+
+
+@pytest.mark.parametrize("stop_at", [5, 9])
+def test_a_resumed_run_with_muon_and_an_average_is_the_uninterrupted_run(tiny, stop_at):
+    settings = dict(**MUON, dropout=0.2, ema_half_life=2)
+    run(out_dir="out-whole", **settings)
+    stop_after(stop_at, out_dir="out-cut", **settings)
+    run(out_dir="out-cut", init_from="resume", **settings)
+    assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+    a, b = (checkpoint.load(f"out-{x}/ckpt.pt") for x in ("cut", "whole"))
+    assert same(a["average"], b["average"]) and str(a["optimizer"]) == str(b["optimizer"])
+
+
+@pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
+def test_a_finished_wsd_run_that_is_lengthened_is_the_longer_run(tiny, settings):
+    settings = {**settings, "lr_schedule": "wsd", "cooldown": 0.5, "min_lr": 0.0}
+    run(out_dir="out-long", max_iters=20, **settings)
+    run(**settings)
+    finished = checkpoint.load("out/best.pt")
+    assert finished["iter_num"] == 12 and log()[12, "lr"] < log()[6, "lr"] / 5
+    assert checkpoint.load("out/stable.pt")["iter_num"] == 6
+    run(init_from="resume", max_iters=20, **settings)
+    assert log() == log("out-long") and same(weights(), weights("out-long"))
+    best = checkpoint.load("out/best.pt")["best_val_loss"]      # never a worse one than before
+    assert best <= finished["best_val_loss"]
+
+
+def test_a_run_that_stopped_in_its_cooldown_goes_on_there(tiny):
+    settings = dict(lr_schedule="wsd", cooldown=0.5)
+    run(out_dir="out-whole", **settings)
+    stop_after(9, out_dir="out-cut", **settings)
+    run(out_dir="out-cut", init_from="resume", **settings)
+    assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
+
+
+def test_a_rate_that_would_jump_up_again_is_refused(tiny):
+    settings = dict(lr_schedule="wsd", cooldown=0.5)
+    run(**settings)
+    Path("out/stable.pt").unlink()
+    with pytest.raises(ValueError, match="at step 12, its learning rate has come down from step 6 "
+                                         "on, and max_iters = 20 would raise it again.*stable.pt"):
+        run(init_from="resume", max_iters=20, **settings)
+    run(init_from="resume", max_iters=20, force=True, **settings)
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 20
+
+
+def test_the_average_is_evaluated_and_sampled_from_where_it_is_better(tiny, monkeypatch):
+    losses = iter([4.0, 3.0, 2.5, 2.0, 2.2])            # step 0; then of the weights, the average
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run(ema_half_life=3)
+    told = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [e["average_val_loss"] for e in told if "average_val_loss" in e] == [2.5, 2.2]
+    best, newest = checkpoint.load("out/best.pt"), checkpoint.load("out/ckpt.pt")
+    assert best["iter_num"] == 12 and best["best_val_loss"] == 2.0 and same(best["model"],
+                                                                            newest["model"])
+    losses = iter([4.0, 3.0, 2.5, 3.0, 2.2])
+    run(ema_half_life=3, overwrite=True)
+    best, newest = checkpoint.load("out/best.pt"), checkpoint.load("out/ckpt.pt")
+    assert best["best_val_loss"] == 2.2 and all(
+        torch.equal(best["model"][name], w) for name, w in newest["average"].items())
+    assert not same(best["model"], newest["model"])
+
+
+def test_patience_stops_a_run_that_no_longer_improves(tiny, monkeypatch, capsys):
+    losses = iter([5.0, 4.0, 3.0, 3.1, 3.2, 3.3])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run(patience=3, eval_interval=2, max_iters=50, lr_decay_iters=50)
+    assert "no better val loss in 3 evaluations, stopped at step 10" in capsys.readouterr().out
+    assert checkpoint.load("out/best.pt")["iter_num"] == 4
+
+
+def test_patience_counts_on_where_a_run_goes_on(tiny, monkeypatch):
+    losses = iter([5.0, 4.0, 4.1, 4.2, 4.3])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    settings = dict(patience=3, eval_interval=2, max_iters=50, lr_decay_iters=50)
+    stop_after(5, **settings)
+    run(init_from="resume", **settings)
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 8
 
 
 # nothing is lost
@@ -452,11 +545,12 @@ def test_killed_at_20_random_moments(tiny):
 
 # several processes, other beginnings, other tools
 
-def test_two_processes_give_the_losses_of_one(tiny):
-    run(out_dir="out-one", eval_iters=5)
+@pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
+def test_two_processes_give_the_losses_of_one(tiny, settings):
+    run(out_dir="out-one", eval_iters=5, **settings)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(PROJECT / "train.py"), *arguments(out_dir="out-two", eval_iters=5)],
+         str(PROJECT / "train.py"), *arguments(out_dir="out-two", eval_iters=5, **settings)],
         cwd=tiny, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     one, two = log("out-one"), log("out-two")
