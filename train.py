@@ -147,6 +147,26 @@ class TrainConfig(GPTConfig):
         return settings
 
 
+MUON_ONLY = ("embedding_lr", "head_lr", "scalar_lr", "embedding_weight_decay", "head_weight_decay",
+             "momentum", "momentum_warmup", "muon_beta2", "cautious")
+
+
+def ignored(cfg):
+    """Sentences that name settings which were changed and change nothing."""
+    wsd, model, muon = cfg.lr_schedule == "wsd", GPTConfig(**model_args(cfg)).resolved(), \
+        cfg.optimizer == "muon"
+    idle = {"optimizer = 'adamw'": () if muon else MUON_ONLY,
+            "tie_word_embeddings = True": ("embedding_lr", "embedding_weight_decay")
+            if muon and model.tie_word_embeddings else (),
+            "decay_lr = False": ("lr_schedule", "cooldown") if not cfg.decay_lr else (),
+            f"lr_schedule = {cfg.lr_schedule!r}": ("lr_decay_iters" if wsd else "cooldown",),
+            "position = 'learned'": ("rope_theta",) if model.position == "learned" else ()}
+    for why, names in idle.items():
+        changed = [name for name in names if getattr(cfg, name) != getattr(TrainConfig, name)]
+        if changed:
+            yield f"with {why}, {', '.join(changed)} change{'s' * (len(changed) == 1)} nothing"
+
+
 # data
 
 def ensure_prepared(dataset, world):
@@ -393,6 +413,8 @@ def main(cfg):
             f"torch {torch.__version__}")
         for line in plan.lines(planned, cfg):
             say(line)
+        for sentence in ignored(cfg):
+            say(f"note       {sentence}")
         refused = plan.refusals(planned, cfg)
         if refused and not (cfg.force or cfg.dry_run or cfg.eval_only):
             raise ValueError(f"{'; '.join(refused)}. --force starts it all the same")

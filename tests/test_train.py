@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,64 @@ def test_a_finished_wsd_run_that_is_lengthened_is_the_longer_run(tiny, settings)
     assert log() == log("out-long") and same(weights(), weights("out-long"))
     best = checkpoint.load("out/best.pt")["best_val_loss"]      # never a worse one than before
     assert best <= finished["best_val_loss"]
+
+
+def test_a_longer_run_replaces_the_best_of_the_shorter_one_by_a_better_one_only(tiny, monkeypatch):
+    losses = iter([5.0, 4.0, 3.0, 3.9, 3.5])            # steps 0, 6, 12; again 12, and 18
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    settings = dict(lr_schedule="wsd", cooldown=0.5)
+    run(**settings)
+    finished = checkpoint.load("out/best.pt")
+    run(init_from="resume", max_iters=18, **settings)
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 18 == 6 + 2 * 6
+    best = checkpoint.load("out/best.pt")
+    assert best["best_val_loss"] == 3.0 and same(best["model"], finished["model"])
+
+
+def test_settings_that_change_nothing_are_named(tiny, capsys):
+    run(max_iters=1, head_lr=0.1, cautious=False, cooldown=0.1, rope_theta=5.0)
+    told = capsys.readouterr().out
+    assert "note       with optimizer = 'adamw', head_lr, cautious change nothing" in told
+    assert "note       with lr_schedule = 'cosine', cooldown changes nothing" in told
+    assert "note       with position = 'learned', rope_theta changes nothing" in told
+    run(overwrite=True, tie_word_embeddings=True, **{**MUON, "lr_decay_iters": 7})
+    told = capsys.readouterr().out
+    assert "note       with tie_word_embeddings = True, embedding_lr changes nothing" in told
+    assert "note       with lr_schedule = 'wsd', lr_decay_iters changes nothing" in told
+    run(overwrite=True, **{**MUON, "lr_decay_iters": TrainConfig.lr_decay_iters})
+    assert "note  " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["evening", "overnight", "week", "64m"])
+def test_the_recipes_for_the_4070_train(tiny, name):
+    """As they are, but for the size: every setting in them means something."""
+    cfg = configure(TrainConfig, [str(PROJECT / f"config/train_fineweb_4070_{name}.py")])
+    assert not list(train.ignored(cfg))
+    small = ("dataset", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "batch_size",
+             "gradient_accumulation_steps", "eval_iters", "device", "dtype", "compile")
+    cfg = replace(cfg, **{k: TINY[k] for k in small}, max_iters=150, warmup_iters=5, log_interval=1,
+                  momentum_warmup=20, eval_interval=50)
+    train.main(cfg)
+    told = log(cfg.out_dir)
+    assert told[150, "val_loss"] < told[0, "val_loss"] - 0.8
+    assert checkpoint.load(Path(cfg.out_dir, "stable.pt"))["iter_num"] == optim.cooldown_start(cfg)
+
+
+def test_muons_momentum_warms_up(tiny):
+    for steps in (3, 9):
+        run(overwrite=True, **{**MUON, "max_iters": steps, "warmup_iters": 1})
+        momentum = checkpoint.load("out/ckpt.pt")["optimizer"]["param_groups"][0]["momentum"]
+        assert momentum == pytest.approx({3: 0.90, 9: 0.95}[steps])
+
+
+def test_the_average_takes_every_step_in(tiny):
+    run(max_iters=1, ema_half_life=1)
+    torch.manual_seed(1337)
+    start = GPT(GPTConfig(**model_args(TrainConfig(**TINY)))).state_dict()
+    parts = checkpoint.load("out/ckpt.pt")
+    for name, w in parts["average"].items():
+        assert torch.allclose(w, (start[name] + parts["model"][name]) / 2, atol=1e-7)
+        assert name.endswith("weight") and not torch.equal(w, start[name])
 
 
 def test_a_run_that_stopped_in_its_cooldown_goes_on_there(tiny):
