@@ -393,7 +393,9 @@ def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, tr
     seconds = {
         "flops_per_step": flops * per_step, "share_of_peak": share, "tokens_per_s": measured,
         "step": per_step / measured if measured else None,
-        "evaluation": val_tokens / 3 / measured if measured else None,  # a forward is a third
+        # a forward is a third of a step; averaged weights are evaluated beside the others
+        "evaluation": val_tokens / 3 * (1 + (cfg.ema_half_life > 0)) / measured if measured
+        else None,
         "steps": steps, "evaluations": evaluations, "val_tokens": val_tokens}
     seconds["run"] = steps * seconds["step"] + evaluations * seconds["evaluation"] \
         if measured else None

@@ -220,17 +220,21 @@ def load_resume(cfg, world):
         return None
     parts = before_cooldown(checkpoint.load(newest), cfg)
     # what was asked for when it began; a vocabulary may have been smaller
-    asked = {k: v for k, v in parts.get("config", {}).items() if k in GPTConfig.__annotations__}
+    config = parts.get("config", {})
+    asked = {k: v for k, v in config.items() if k in GPTConfig.__annotations__}
     then, now = (asdict(GPTConfig(**args).resolved()) for args in (
         {**parts["model_args"], **asked}, model_args(cfg)))
     changed = [k for k, v in now.items() if k not in ("dropout", "vocab_size") and then[k] != v]
     set_here = [k for k in changed if getattr(cfg, k) is not None
                 and (getattr(cfg, k) or k not in ("n_inner", "n_kv_head"))]
     changed = [f"{k} is {then[k]} there and {now[k]} here" for k in set_here or changed]
+    optimizer = config.get("optimizer", "adamw")
+    if optimizer != cfg.optimizer:
+        changed.append(f"optimizer is {optimizer} there and {cfg.optimizer} here")
     if changed:
         raise ValueError(f"cannot resume {newest}: {'; '.join(changed)}. "
-                         "Weights fit one shape only; give the settings of that run, "
-                         "or start another --out_dir")
+                         "Weights and what an optimizer remembers fit one shape only; give the "
+                         "settings of that run, or start another --out_dir")
     return parts
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -58,11 +59,15 @@ def test_the_missions_memory_leaves_most_of_12_gib():
 
 # parameters
 
-def test_parameters_are_those_of_the_model_and_the_groups_add_up():
-    n = plan.make(small_cfg(), SMALL, TEXT, CARD, torch.float32, False)["parameters"]
-    model = GPT(SMALL)
-    by_name = {"token embedding": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.",
-               "norms": "ln_"}
+@pytest.mark.parametrize("block", ["gpt2", "modern"])
+def test_parameters_are_those_of_the_model_and_the_groups_add_up(block):
+    shape = replace(SMALL, block=block)
+    planned = plan.make(small_cfg(block=block), shape, TEXT, CARD, torch.float32, False)
+    n, model = planned["parameters"], GPT(shape)
+    by_name = {"token embedding": "wte", "positions": "wpe", "head": "lm_head",
+               "attention": ".attn.", "MLP": ".mlp.", "norms": "ln_"}
+    told = plan.lines(planned, small_cfg(block=block))[1]
+    assert (" positions" in told) == (block == "gpt2") and (" head" in told) == (block == "modern")
     for group, part in by_name.items():
         assert n[group] == sum(p.numel() for name, p in model.named_parameters() if part in name)
     assert n["total"] == sum(p.numel() for p in model.parameters()) == sum(n[g] for g in by_name)
@@ -169,6 +174,19 @@ def test_weights_gradients_and_optimizer_take_4_4_and_8_bytes_a_parameter(compil
     assert 2 * n <= kinds["optimizer"] < 2 * n + 512 * 2 * len(list(GPT(SMALL).parameters()))
     assert sum(kinds.values()) == traced["micro_step"]
     assert traced["optimizer_step"] >= 4 * n and traced["evaluation"] > 3 * n
+
+
+def test_muon_keeps_one_number_of_a_matrix_and_the_average_one_of_every_weight():
+    shape = replace(SMALL, block="modern")
+    n = plan.make(small_cfg(), shape, TEXT, CARD, torch.float32, False)["parameters"]
+    matrices, total = n["attention"] + n["MLP"], n["total"]
+    for average in (0, 50):
+        cfg = small_cfg(block="modern", optimizer="muon", ema_half_life=average)
+        traced = plan.trace(shape, 4, cfg=cfg)
+        right = 4 * matrices + 8 * (total - matrices) + (4 * total if average else 0)
+        assert traced["by_kind"]["optimizer"] == pytest.approx(right, rel=0.02)
+    adamw = plan.trace(shape, 4, cfg=small_cfg(block="modern"))
+    assert adamw["by_kind"]["optimizer"] == pytest.approx(8 * total, rel=0.02)
 
 
 def saved_bytes(loss, model):
@@ -295,17 +313,19 @@ def test_the_rate_that_a_run_had_on_this_device_is_read_from_its_log(work):
     assert plan.measured_rate("none.jsonl", "here") is None
 
 
-def test_a_checkpoint_is_as_large_as_planned_and_a_full_disk_is_refused(tiny, monkeypatch):
+@pytest.mark.parametrize("recipe", [
+    {}, dict(block="modern", optimizer="muon", lr_schedule="wsd", warmup_iters=0, ema_half_life=5)])
+def test_a_checkpoint_is_as_large_as_planned_and_a_full_disk_is_refused(tiny, recipe):
     import train
     cfg = TrainConfig(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2,
                       n_embd=128, batch_size=4, gradient_accumulation_steps=2, max_iters=1,
-                      device="cpu", compile=False, eval_iters=2)
+                      device="cpu", compile=False, eval_iters=2, **recipe)
     train.main(cfg)
     planned = plan.make(cfg, GPTConfig(**model_args(cfg)), TEXT, CARD, torch.float32, False)
     size = (tiny / "out" / "ckpt.pt").stat().st_size
     assert planned["disk"]["checkpoint"] == pytest.approx(size, rel=0.05)
     room = planned["disk"]["checkpoints"]           # ckpt.pt and best.pt are one file so far
-    assert room == pytest.approx(2 * size, rel=0.1)
+    assert room == pytest.approx((3 if recipe else 2) * size, rel=0.1)
     planned["disk"]["free"] = room - 1
     assert "Make room, or give --out_dir on another disk" in plan.refusals(planned, cfg)[0]
 

@@ -276,6 +276,8 @@ def test_fp16_resumes_with_its_loss_scale(tiny):
     (dict(n_embd=64, n_head=4), "n_head is 2 there and 4 here; n_embd is 32 there and 64 here"),
     (dict(block_size=8), "block_size is 16 there and 8 here"),
     (dict(bias=True), "bias is False there and True here"),
+    (dict(block="modern"), "cannot resume out/ckpt.pt: block is gpt2 there and modern here. "),
+    (dict(optimizer="muon"), "optimizer is adamw there and muon here"),
     (dict(batch_size=8), "tokens_per_step is 128 there and 256 here. --force resumes all the same"),
     (dict(seed=1), "seed is 1337 there and 1 here"),
     (dict(dataset="other"), "dataset is "),
