@@ -45,9 +45,11 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("n_inner", "n_kv_head", "softcap", "rope_theta"):
+        for name in ("n_inner", "n_kv_head", "softcap"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} cannot be negative")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta = {self.rope_theta} must be above 0; usual is 10000")
         D = self.n_embd // self.n_head
         if self.n_embd % self.n_head:
             nearest = max(D, 1) * self.n_head

@@ -243,24 +243,31 @@ def before_cooldown(parts, cfg):
 
     Only from before it does a longer run go on without a jump of the learning rate.
     """
-    then = {**asdict(cfg), **parts.get("config", {})}
-    began = optim.cooldown_start(SimpleNamespace(**then))
-    if "wsd" not in (cfg.lr_schedule, then["lr_schedule"]) or not cfg.decay_lr \
+    then = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})})
+    began = optim.cooldown_start(then)
+    if not {cfg.lr_schedule, then.lr_schedule} == {"wsd"} or not cfg.decay_lr \
             or parts["iter_num"] <= began or optim.cooldown_start(cfg) <= began:
         return parts
     stable = Path(cfg.out_dir) / checkpoint.STABLE
-    if not stable.is_file() or cfg.lr_schedule != then["lr_schedule"]:
+    if not stable.is_file():
         if cfg.force:
             return parts
         raise ValueError(
             f"{cfg.out_dir} is at step {parts['iter_num']:,}, its learning rate has come down from "
             f"step {began:,} on, and max_iters = {cfg.max_iters:,} would raise it again, which "
-            f"costs more than it gives" + (f"; {stable}, from before that, is not there" if
-                                           cfg.lr_schedule == then["lr_schedule"] else "") +
-            ". --force does it all the same")
+            f"costs more than it gives; {stable}, from before that, is not there. "
+            "--force does it all the same")
     before = checkpoint.load(stable)
     before["best_val_loss"] = min(before["best_val_loss"], parts["best_val_loss"])
     return before
+
+
+def jump(cfg, parts):
+    """(learning rate of this step before, and now), or None where a resumed run keeps it down."""
+    then, step = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})}), parts["iter_num"]
+    before, after = optim.lr_at(step, then), optim.lr_at(step, cfg)
+    warm = step >= max(cfg.warmup_iters, then.warmup_iters)
+    return (before, after) if warm and after > 1.2 * before else None
 
 
 def check_continues(cfg, parts, data):
@@ -437,6 +444,10 @@ def main(cfg):
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
     if parts:
         check_continues(cfg, parts, data)
+        if jump(cfg, parts):
+            say("warning    the learning rate jumps from {:.1e} to {:.1e} here: the loss will rise "
+                "first. --lr_schedule=wsd makes runs that can be lengthened".format(
+                    *jump(cfg, parts)))
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(parts["optimizer"])
         for group, settings in zip(optimizer.param_groups, groups, strict=True):

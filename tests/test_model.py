@@ -137,7 +137,8 @@ def test_a_gpt2s_arguments_are_those_that_nanogpt_knows():
      "n_head = 6 is not a multiple of n_kv_head = 4. Nearest that works: 2"),
     (dict(block="modern", n_embd=60),
      "n_embd / n_head = 15 is odd. Nearest that works: n_embd = 64"),
-    (dict(softcap=-1.0), "softcap = -1.0 cannot be negative")])
+    (dict(softcap=-1.0), "softcap = -1.0 cannot be negative"),
+    (dict(rope_theta=0.0), "rope_theta = 0.0 must be above 0")])
 def test_a_shape_that_cannot_be_is_named(settings, words):
     with pytest.raises(ValueError, match=words):
         small(**settings)

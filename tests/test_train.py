@@ -404,6 +404,15 @@ def test_a_run_that_stopped_in_its_cooldown_goes_on_there(tiny):
     assert log("out-cut") == log("out-whole") and same(weights("out-cut"), weights("out-whole"))
 
 
+def test_a_cosine_that_is_lengthened_warns_of_its_jump(tiny, capsys):
+    run()
+    run(init_from="resume", max_iters=24, lr_decay_iters=24)
+    assert "the learning rate jumps from 1.0e-03 to 6.1e-03 here" in capsys.readouterr().out
+    stop_after(5, overwrite=True)
+    run(init_from="resume")
+    assert "jumps" not in capsys.readouterr().out
+
+
 def test_a_rate_that_would_jump_up_again_is_refused(tiny):
     settings = dict(lr_schedule="wsd", cooldown=0.5)
     run(**settings)
