@@ -1,0 +1,21 @@
+# The other half of cpu_speedrun.py: nanoGPT's model and recipe at the same size, on the same text.
+#     python train.py config/cpu_speedrun_nanogpt.py
+
+out_dir = 'out-cpu-speedrun-nanogpt'
+dataset = 'mine'
+eval_interval = 50
+eval_iters = 12                         # 12 x 8 windows = 49,152 tokens of val
+log_interval = 10
+
+batch_size = 8                          # windows at a time
+gradient_accumulation_steps = 2         # 8 x 2 x 512 = 8,192 tokens a step
+block_size = 512
+n_layer = 6
+n_head = 6
+n_embd = 384
+
+learning_rate = 2e-3                    # a small model takes three times what GPT-2 takes
+max_iters = 732                         # 6.0 M tokens
+lr_decay_iters = 732
+warmup_iters = 36                       # 5 %
+min_lr = 2e-4                           # a tenth of the peak
