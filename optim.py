@@ -18,6 +18,7 @@ ITERATIONS = {
     "quintic": (1.0, ((3.4445, -4.7750, 2.0315),) * 5),
 }
 ADAM_EPS = 1e-10                # beside Muon: as small as the gradients of rare tokens
+FIRST_MOMENTUM = 0.85           # of Muon, as in modded-nanogpt: short while the gradient turns fast
 WIDTH = 768                     # n_embd at which embedding_lr and head_lr are what they say
 
 
@@ -82,14 +83,15 @@ def lr_at(step, cfg):
     if cfg.lr_schedule == "wsd":
         left = (cfg.max_iters - step) / max(cfg.max_iters - cooldown_start(cfg), 1)
         return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * min(max(left, 0.0), 1.0)
-    done = min((step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters), 1.0)
+    # of at least one step: a checkpoint of nanoGPT may have a decay that ends with its warm-up
+    done = min((step - cfg.warmup_iters) / max(cfg.lr_decay_iters - cfg.warmup_iters, 1), 1.0)
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def momentum_at(step, cfg):
-    """Muon's momentum of step `step`: from 0.85 to cfg.momentum over cfg.momentum_warmup steps."""
+    """Muon's momentum of step `step`, which rises for cfg.momentum_warmup steps."""
     done = min(step / cfg.momentum_warmup, 1.0) if cfg.momentum_warmup else 1.0
-    return 0.85 + (cfg.momentum - 0.85) * done
+    return FIRST_MOMENTUM + (cfg.momentum - FIRST_MOMENTUM) * done
 
 
 def set_rates(optimizer, lr, momentum):
@@ -158,8 +160,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(average, momentum).to(self.dtype)            # Nesterov's
-            for w, u, at in zip(p.split(rows), update.split(rows),
-                                range(len(rows)), strict=True):
+            for at, (w, u) in enumerate(zip(p.split(rows), update.split(rows), strict=True)):
                 tall = u.size(0) > u.size(1)
                 together.setdefault(tuple(sorted(u.shape)), []).append(
                     (p, w, at, tall, u.mT if tall else u))

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,12 @@ def test_wsd_warms_up_stays_and_cools_down_in_a_straight_line():
     assert rates[85] == pytest.approx(0.55) and rates[100:] == [pytest.approx(0.1)] * 20
     steps = [a - b for a, b in zip(rates[70:99], rates[71:100], strict=True)]
     assert steps == [pytest.approx(0.03)] * 29
+
+
+def test_a_decay_that_ends_with_its_warm_up_is_at_its_end_after_it():
+    theirs = SimpleNamespace(decay_lr=True, lr_schedule="cosine", warmup_iters=9, lr_decay_iters=9,
+                             learning_rate=1.0, min_lr=0.1)
+    assert optim.lr_at(10, theirs) == pytest.approx(0.1)
 
 
 def test_momentum_warms_up_from_085():
