@@ -28,6 +28,7 @@ import plan
 import runtime
 import train
 from configurator import run
+from eval import evaluate
 
 ROWS = Path("dev") / "bench.jsonl"
 
@@ -219,9 +220,9 @@ def main(cfg):
         peaks.append(runtime.measured_flops(device, dtype, at_least_s=0.1))
     ours, peak = steps[0], max(peaks)
     n_windows = min(4 * B, val.n_windows)
-    train.evaluate(ours.model, val, n_windows, B, world, ours.autocast)
+    evaluate(ours.model, val, n_windows, B, world, ours.autocast)
     began = ours.now()
-    train.evaluate(ours.model, val, n_windows, B, world, ours.autocast)
+    evaluate(ours.model, val, n_windows, B, world, ours.autocast)
     evaluation = (ours.now() - began) / n_windows
     with tempfile.TemporaryDirectory(dir=".") as there:
         began = time.perf_counter()

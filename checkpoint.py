@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import pretrained
 from model import GPT, GPTConfig
 
 NEWEST, BEST, STABLE = "ckpt.pt", "best.pt", "stable.pt"
@@ -47,6 +48,13 @@ def save(parts, path):
         raise OSError(f"could not write {path} ({free_gib:.1f} GiB free): "
                       f"{str(error).splitlines()[0]}. "
                       "What was there before is unchanged") from error
+    replace(beside, path)
+
+
+def write_text(path, text):
+    """Write `text` to `path`, atomically."""
+    beside = Path(path).with_name(Path(path).name + ".new")
+    beside.write_text(text, encoding="utf-8")
     replace(beside, path)
 
 
@@ -91,6 +99,31 @@ def in_folder(folder):
     """The checkpoint to use a run by: best.pt, else ckpt.pt, else None."""
     return next((Path(folder) / name for name in (BEST, NEWEST)
                  if (Path(folder) / name).is_file()), None)
+
+
+def open_model(name, dropout=0.0):
+    """(GPT on the CPU, what it is, settings of its run) of a run's folder or a checkpoint file.
+
+    Or of what transformers has: 'gpt2', ..., or a folder in its format; then without settings.
+    """
+    path = Path(name) if Path(name).is_file() else in_folder(name)
+    if path is None:
+        return pretrained.read(str(name), dropout), str(name), {}
+    parts = load(path)
+    return (load_model(parts, dropout), f"{path}, step {parts['iter_num']:,}",
+            parts.get("config", {}))
+
+
+def run_folder(out_dir):
+    """The run that `out_dir` names, '' the newest. Raises ValueError where no checkpoint is."""
+    folder = out_dir or newest_run()
+    if not folder:
+        raise ValueError("there is no run under out*/ with a checkpoint yet; "
+                         "`python train.py config/quickstart.py` makes one in a few minutes, "
+                         "--out_dir= names another folder")
+    if in_folder(folder) is None:
+        raise ValueError(f"{folder} holds no {NEWEST} or {BEST}")
+    return folder
 
 
 def newest_run(where="."):

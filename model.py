@@ -29,7 +29,7 @@ class GPTConfig:
     position: str | None = None     # learned (wpe) or rotary
     norm: str | None = None         # layernorm, rmsnorm, or rmsnorm_weightless
     qk_norm: bool | None = None     # normalise queries and keys, with a weight where norm has one
-    mlp: str | None = None          # gelu, swiglu or relu2
+    mlp: str | None = None          # gelu, gelu_tanh (OpenAI's GPT-2), swiglu or relu2
     n_inner: int = 0                # width inside the MLP; 0: 4 n_embd, 8/3 n_embd for swiglu
     n_kv_head: int = 0              # heads of keys and values, each for several queries; 0: n_head
     tie_word_embeddings: bool | None = None  # the head's weights are the token embedding's
@@ -81,7 +81,7 @@ BLOCKS = {
     "modern": dict(bias=False, position="rotary", norm="rmsnorm", qk_norm=True, mlp="swiglu",
                    tie_word_embeddings=False, embed_norm=True, zero_init=True),
 }
-CHOICES = {"position": ("learned", "rotary"), "mlp": ("gelu", "swiglu", "relu2"),
+CHOICES = {"position": ("learned", "rotary"), "mlp": ("gelu", "gelu_tanh", "swiglu", "relu2"),
            "norm": ("layernorm", "rmsnorm", "rmsnorm_weightless")}
 NANOGPT_ARGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 
@@ -257,7 +257,8 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, 2)
             x = F.silu(gate) * x
         else:
-            x = F.gelu(x) if self.kind == "gelu" else F.relu(x).square()
+            x = F.relu(x).square() if self.kind == "relu2" else \
+                F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         return self.dropout(self.c_proj(x))
 
 
@@ -469,30 +470,3 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             self.transformer.wpe = nn.Embedding.from_pretrained(
                 self.transformer.wpe.weight[:block_size], freeze=False)
-
-    @classmethod
-    def from_pretrained(cls, name, dropout=0.0):
-        """OpenAI's weights ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder like these.
-
-        The exact GELU stands in for GPT-2's tanh approximation of it, as in nanoGPT.
-        """
-        try:
-            from transformers import AutoConfig, GPT2LMHeadModel
-        except ImportError:
-            raise ImportError(f"init_from = {name!r} needs transformers: "
-                              "pip install transformers") from None
-        try:
-            c = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"init_from = {name!r}: transformers finds no model there: "
-                             f"{str(error).splitlines()[0]}") from None
-        if c.model_type != "gpt2" or c.n_inner not in (None, 4 * c.n_embd):
-            raise ValueError(f"init_from = {name!r} is a model of type {c.model_type}; "
-                             "only GPT-2's shape can be read")
-        weights = GPT2LMHeadModel.from_pretrained(name).state_dict()
-        model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
-                              n_head=c.n_head, n_embd=c.n_embd, dropout=dropout, bias=True))
-        for key, ours in model.state_dict().items():
-            is_conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            ours.copy_(weights[key].T if is_conv1d else weights[key])   # kept as (in, out) there
-        return model

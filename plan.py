@@ -278,18 +278,13 @@ def needed(traced):
                  * FRAGMENTATION)
 
 
-def divisor(n, limit):
-    """The largest divisor of `n` that is at most `limit`."""
-    return next(d for d in range(min(n, int(limit)), 0, -1) if n % d == 0)
-
-
 def largest_batch(config, windows, room, dtype, compiled, known=None, cfg=None):
     """(batch_size, its trace): the largest divisor of `windows` that fits `room` bytes.
 
     `known` is (batch_size, trace) of one that is traced already. (0, trace of 1) where none fits.
     """
     limit = windows
-    B, traced = known or (divisor(windows, max(CHUNK // config.block_size, 1)), None)
+    B, traced = known or (runtime.divisor(windows, max(CHUNK // config.block_size, 1)), None)
     traced = traced or trace(config, B, dtype, compiled, cfg)
     fits = {}
     while True:
@@ -302,7 +297,7 @@ def largest_batch(config, windows, room, dtype, compiled, known=None, cfg=None):
         per_window = max(traced["by_kind"].get("activations", 0) / B * FRAGMENTATION, 1)
         guess = B + (room - needed(traced)) / per_window
         best = max((b for b in fits if fits[b]), default=0)
-        B = divisor(windows, max(min(guess, limit), best, 1))
+        B = runtime.divisor(windows, max(min(guess, limit), best, 1))
         if B in fits:
             return best, fits.get(best) or traced
         traced = trace(config, B, dtype, compiled, cfg)
@@ -338,7 +333,7 @@ def choose_batch(cfg, config, on, dtype, compiled, world_size=1):
     """(batch_size, gradient_accumulation_steps, trace) for batch_size = 0."""
     windows = tokens_per_step(cfg) // cfg.block_size // world_size
     most = max(MOST_TOKENS.get(on["kind"], MOST_TOKENS["cpu"]) // cfg.block_size, 1)
-    B = divisor(windows, most)
+    B = runtime.divisor(windows, most)
     traced = trace(config, B, dtype, compiled, cfg)
     if needed(traced) > on["room"]:
         B, traced = largest_batch(config, windows, on["room"], dtype, compiled, (B, traced), cfg)

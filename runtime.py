@@ -185,6 +185,32 @@ def free_memory(device):
         getattr(torch, device.type).empty_cache()
 
 
+def divisor(n, limit):
+    """The largest divisor of `n` that is at most `limit`."""
+    return next(d for d in range(min(n, int(limit)), 0, -1) if n % d == 0)
+
+
+def smaller_when_full(do, B, world, what, say):
+    """(do(B), B), again with half of B windows at a time whenever memory runs out."""
+    while True:
+        try:
+            return do(B), B
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # out here, where no traceback holds the tensors of what failed
+        free_memory(world.device)
+        if B == 1 or world.size > 1:
+            raise ValueError(
+                f"out of memory in {what} with {B} windows at a time, {world.device}. " +
+                ("A smaller block_size, n_layer or n_embd fits" if B == 1 else
+                 f"Nearest that may fit: --init_from=resume --batch_size={B // 2} "
+                 "with twice the gradient_accumulation_steps"))
+        B = divisor(B, B // 2)
+        say(f"out of memory in {what}: going on with {B} windows at a time, "
+            "which changes no result")
+
+
 def measured_flops(device, dtype, at_least_s=0.002, largest=8192):
     """FLOP/s of a product of square matrices, the first (from 256 on) that takes `at_least_s`."""
     size, seconds = 256, 0.0

@@ -17,7 +17,7 @@ import checkpoint
 import runtime
 import tokenizer
 from configurator import run
-from model import GPT, KVCache
+from model import KVCache
 
 
 @dataclass(frozen=True)
@@ -96,28 +96,13 @@ def read_start(start):
     return path.read_text(encoding="utf-8")
 
 
-def load(cfg):
-    """(model on the CPU, its tokenizer, a phrase that says what it is)."""
-    if cfg.init_from != "resume":
-        return GPT.from_pretrained(cfg.init_from), tokenizer.GPT2Tokenizer(), cfg.init_from
-    folder = cfg.out_dir or checkpoint.newest_run()
-    if not folder:
-        raise ValueError("there is no run under out*/ with a checkpoint yet; "
-                         "`python train.py config/quickstart.py` makes one in a few minutes, "
-                         "--out_dir= names another folder")
-    path = checkpoint.in_folder(folder)
-    if path is None:
-        raise ValueError(f"{folder} holds no {checkpoint.NEWEST} or {checkpoint.BEST}")
-    parts = checkpoint.load(path)
-    vocabulary = tokenizer.of_dataset(Path("data") / parts.get("config", {}).get("dataset", ""))
-    return checkpoint.load_model(parts), vocabulary, f"{path}, step {parts['iter_num']:,}"
-
-
 def main(cfg):
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
-    model, vocabulary, name = load(cfg)
+    model, name, settings = checkpoint.open_model(
+        checkpoint.run_folder(cfg.out_dir) if cfg.init_from == "resume" else cfg.init_from)
     model.to(device).eval()
+    vocabulary = tokenizer.of_dataset(Path("data") / settings.get("dataset", ""))
     prompt = read_start(cfg.start)
     ids = [int(i) for i in vocabulary.encode(prompt)]
     if isinstance(vocabulary, tokenizer.GPT2Tokenizer) or not ids:

@@ -38,14 +38,19 @@ LEAST_TEXT = 8 << 20                # bytes between two; what it remembers takes
 
 
 @functools.cache
-def _gpt2():
+def ranks():
+    """{bytes of a token: its id}, 0 to 50255, which is also the order of the merges."""
     data = VOCAB_FILE.read_bytes() if VOCAB_FILE.is_file() else b""
     if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
         raise ValueError(f"{VOCAB_FILE} is missing or changed; `git checkout {VOCAB_FILE.name}` "
                          "in its folder brings back GPT-2's vocabulary")
-    ranks = {base64.b64decode(token): int(rank)
-             for token, rank in map(bytes.split, data.splitlines())}
-    return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks,
+    return {base64.b64decode(token): int(rank)
+            for token, rank in map(bytes.split, data.splitlines())}
+
+
+@functools.cache
+def _gpt2():
+    return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks(),
                              special_tokens={"<|endoftext|>": END_OF_TEXT})
 
 

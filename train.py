@@ -33,8 +33,10 @@ import runtime
 import sources
 import tokenizer
 from configurator import run, write_config_file
+from eval import evaluate
 from model import GPT, GPTConfig, model_args
 from plan import tokens_per_step
+from runtime import smaller_when_full
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,7 @@ def build_model(cfg, parts, folder):
         size = cfg.vocab_size if isinstance(vocabulary, tokenizer.GPT2Tokenizer) \
             else vocabulary.n_vocab
         return GPT(GPTConfig(**{**model_args(cfg), "vocab_size": size}))
-    run_to_start_from = checkpoint.in_folder(cfg.init_from)
-    if run_to_start_from:
-        model = checkpoint.load_model(checkpoint.load(run_to_start_from), dropout=cfg.dropout)
-    else:
-        model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
+    model = checkpoint.open_model(cfg.init_from, cfg.dropout)[0]
     if cfg.block_size != model.config.block_size:
         model.crop_block_size(cfg.block_size)
     return model
@@ -298,45 +296,6 @@ def stop_requested():
     return asked
 
 
-def smaller_when_full(do, B, world, what):
-    """(do(B), B), again with half of B windows at a time whenever memory runs out."""
-    while True:
-        try:
-            return do(B), B
-        except (RuntimeError, MemoryError) as error:
-            if not runtime.is_out_of_memory(error):
-                raise
-        # out here, where no traceback holds the tensors of what failed
-        runtime.free_memory(world.device)
-        if B == 1 or world.size > 1:
-            raise ValueError(
-                f"out of memory in {what} with {B} windows at a time, {world.device}. " +
-                ("A smaller block_size, n_layer or n_embd fits" if B == 1 else
-                 f"Nearest that may fit: --init_from=resume --batch_size={B // 2} "
-                 "with twice the gradient_accumulation_steps"))
-        B = plan.divisor(B, B // 2)
-        tqdm.write(f"out of memory in {what}: going on with {B} windows at a time "
-                   "and as many tokens in a step as before", file=sys.stdout)
-
-
-@torch.no_grad()
-def evaluate(model, val, n_windows, B, world, autocast):
-    """Mean loss over the first `n_windows` of `val`, each target once, split over the ranks."""
-    model.eval()
-    places = range(world.rank * B, max(n_windows, B * world.size), B * world.size)
-    losses, counts = [], []
-    for place, (idx, targets) in zip(places, loader.ahead(
-            lambda k: val.fixed_batch(k, B, n_windows), places, world.device), strict=True):
-        counts.append(min(max(n_windows - place, 0), B))
-        with autocast:
-            losses.append(model(idx, targets) if counts[-1]
-                          else torch.zeros((), device=world.device))
-    model.train()
-    losses, counts = torch.stack(losses).float(), torch.tensor(counts, device=world.device)
-    total = world.sum(torch.stack([(losses * counts).sum(), counts.sum()]))
-    return (total[0] / total[1]).item()
-
-
 def accumulate(forward, micro_batches, micro_steps, world, autocast, scaler):
     """Add a step's gradients up; returns its mean loss over all micro-batches of this process."""
     step_loss = torch.zeros((), device=world.device)
@@ -362,9 +321,7 @@ class Log:
                     kept += [line] * (json.loads(line)["step"] <= at)
                 except ValueError:
                     continue                # a line that was being written when the power went
-        beside = path.with_name(path.name + ".new")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        checkpoint.replace(beside, path)
+        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, **entry):
@@ -557,13 +514,13 @@ def main(cfg):
         if cfg.eval_only or (trained or step == 0) and (last or step % cfg.eval_interval == 0):
             val_loss, B_eval = smaller_when_full(
                 lambda B: evaluate(model, val, n_val, B, world, autocast),
-                B_eval, world, "an evaluation")
+                B_eval, world, "an evaluation", say)
             told = {"val_loss": val_loss}
             if average and trained:
                 with average:
                     told["average_val_loss"], B_eval = smaller_when_full(
                         lambda B: evaluate(model, val, n_val, B, world, autocast),
-                        B_eval, world, "an evaluation")
+                        B_eval, world, "an evaluation", say)
                 average_wins = told["average_val_loss"] < val_loss
             say(f"step {step:,}: val loss {val_loss:.4f}" + "".join(
                 f", of the averaged weights {loss:.4f}" for loss in [*told.values()][1:]))
@@ -592,7 +549,7 @@ def main(cfg):
         t0 = time.time()
         lr = optim.lr_at(step, cfg)
         optim.set_rates(optimizer, lr, optim.momentum_at(step, cfg))
-        step_loss, _ = smaller_when_full(gradients, B, world, "a step")
+        step_loss, _ = smaller_when_full(gradients, B, world, "a step", say)
         step_loss = world.sum(step_loss / world.size)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)

@@ -38,6 +38,9 @@ def test_every_other_command_of_the_readme_works(work):
     write_parquet("my.parquet", documents(300, seed=1), column="content")
     (work / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
     (work / "config").symlink_to(PROJECT / "config")
+    transformers = pytest.importorskip("transformers")      # whose folders come before the hub
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, n_positions=64)).save_pretrained("gpt2")
     ran = 0
     for command in COMMANDS:
         words = shlex.split(command.replace("~/Downloads", "Downloads"))
@@ -56,6 +59,8 @@ def test_every_other_command_of_the_readme_works(work):
             words += [] if any("resume" in w or "out_dir" in w for w in words) else ["--overwrite"]
         if any(w.endswith("sample.py") for w in words):
             words += ["--max_new_tokens=5", "--device=cpu"]
+        if any(w.endswith("eval.py") for w in words):
+            words += ["--max_documents=5", "--device=cpu"]
         done = subprocess.run(words, cwd=work, text=True, capture_output=True, timeout=120)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         ran += 1
