@@ -28,6 +28,7 @@ import checkpoint
 import loader
 import optim
 import plan
+import plot
 import prepare
 import runtime
 import sources
@@ -328,6 +329,16 @@ class Log:
         self.file.write(json.dumps(entry) + "\n")
 
 
+def draw(out_dir, say):
+    """The run's loss.png, where matplotlib is there; a picture never stops a run."""
+    try:
+        plot.draw([plot.read(out_dir)], out_dir / "loss.png")
+    except ImportError:
+        pass
+    except Exception as error:
+        say(f"warning    loss.png was not drawn: {type(error).__name__}: {error}")
+
+
 def start_wandb(cfg, step):
     try:
         import wandb
@@ -533,6 +544,8 @@ def main(cfg):
             best_val_loss = min(best_val_loss, *told.values())
             if world.is_main:
                 log.write(step=step, **told, hours=hours())
+                if trained:
+                    draw(out_dir, say)
                 if wandb:
                     wandb.log({"iter": step, **{f"val/{k.replace('val_', '')}": v
                                                 for k, v in told.items()}}, step=step)
