@@ -71,8 +71,8 @@ def read(folder):
 
 
 def smoothed(values):
-    """Running mean over the last thirtieth of them, weighted towards the newest."""
-    keep, total, weight, means = math.exp(-30 / max(len(values), 30)), 0.0, 0.0, []
+    """Running mean over the last thirtieth of them (at least three), the newest weigh most."""
+    keep, total, weight, means = math.exp(-1 / max(len(values) / 30, 3)), 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + value, keep * weight + 1
         means.append(total / weight)
@@ -90,14 +90,16 @@ def figure(runs):
         2, 2, sharex="col", sharey="row", height_ratios=[5, 1])
     most = max(r["train"]["tokens"][-1] for r in runs)
     unit, letter = (1e9, "G") if most >= 1e9 else (1e6, "M")
+    hour, time_unit = (1, "hours") if max(r["train"]["hours"][-1] for r in runs) >= 1 \
+        else (1 / 60, "minutes")
     lows, highs = [], []
     for i, r in enumerate(runs):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
         train, val = r["train"], r["val"]
         mean = smoothed(train["loss"])
         trained = val["step"] > 0                       # the first is that of no training at all
-        for axes, lr_axes, x in ((by_tokens, lr_tokens, "tokens"), (by_hours, lr_hours, "hours")):
-            scale = unit if x == "tokens" else 1.0
+        for axes, lr_axes, x, scale in ((by_tokens, lr_tokens, "tokens", unit),
+                                        (by_hours, lr_hours, "hours", hour)):
             axes.plot(train[x] / scale, train["loss"], color=colour, alpha=0.2, linewidth=0.6)
             axes.plot(train[x] / scale, mean, color=colour, linestyle=dash, linewidth=1.0,
                       label=f"{r['name']}, train")
@@ -117,8 +119,8 @@ def figure(runs):
                                    xycoords=("data", "axes fraction"), color="0.45", fontsize=7,
                                    verticalalignment="top", horizontalalignment="right")
         lows.append(min([*mean, *val["loss"][trained]]))
-        # what comes after the first steep twentieth fills the picture
-        highs.append(max([*mean[len(mean) // 20:], *val["loss"][trained]]))
+        # what comes after the first steep tenth fills the picture
+        highs.append(max([*mean[len(mean) // 10:], *val["loss"][trained]]))
     for name, loss in dict(r["gpt2"] for r in runs if r["gpt2"]).items():
         for axes in (by_tokens, by_hours):
             axes.axhline(loss, color="black", linewidth=1.0, linestyle=(0, (1, 3)))
@@ -131,7 +133,7 @@ def figure(runs):
     by_tokens.set_ylabel("loss, nats a token")
     lr_tokens.set_ylabel("learning rate")
     lr_tokens.set_xlabel(f"tokens, {letter}")
-    lr_hours.set_xlabel("hours")
+    lr_hours.set_xlabel(time_unit)
     lr_tokens.set_ylim(bottom=0)
     for axes in fig.axes:
         axes.grid(True, color="0.9")
