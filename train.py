@@ -55,10 +55,11 @@ class TrainConfig(GPTConfig):
     overwrite: bool = False                 # start over in out_dir, replacing the run there
     force: bool = False                     # run what the plan refuses; resume on changed data
     dry_run: bool = False                   # print the plan and exit
-    # wandb
+    # wandb, tensorboard
     wandb_log: bool = False                 # also log to Weights & Biases
     wandb_project: str = "owt"              # project there
     wandb_run_name: str = "gpt2"            # name of the run there
+    tensorboard_log: bool = False           # also write TensorBoard's files into out_dir
     # data
     dataset: str = "openwebtext"            # folder under data/
     gradient_accumulation_steps: int = 40   # micro-batches in a step, over all GPUs
@@ -339,14 +340,33 @@ def draw(out_dir, say):
         say(f"warning    loss.png was not drawn: {type(error).__name__}: {error}")
 
 
-def start_wandb(cfg, step):
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError("wandb_log = True needs wandb: "
-                          "pip install wandb, or set --wandb_log=False") from None
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg),
-                      resume="allow" if step else None)
+def trackers(cfg, step):
+    """[(log({name: number}, step), finish())] of the services that the settings turn on."""
+    found = []
+    if cfg.wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError("wandb_log = True needs wandb: "
+                              "pip install wandb, or set --wandb_log=False") from None
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg),
+                   resume="allow" if step else None)
+        found.append((lambda numbers, step: wandb.log({"iter": step, **numbers}, step=step),
+                      wandb.finish))
+    if cfg.tensorboard_log:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError("tensorboard_log = True needs tensorboard: pip install tensorboard, "
+                              "or set --tensorboard_log=False") from None
+        writer = SummaryWriter(cfg.out_dir, purge_step=step + 1 if step else None)
+
+        def log(numbers, step):
+            for name, number in numbers.items():
+                if number is not None:
+                    writer.add_scalar(name, number, step)
+        found.append((log, writer.close))
+    return found
 
 
 def main(cfg):
@@ -434,7 +454,7 @@ def main(cfg):
     say(f"output     {out_dir}" + (f", going on from step {step:,}" if step else ""))
 
     # logging
-    log = wandb = None
+    log, tracked = None, []
     if world.is_main and not cfg.eval_only:
         if cfg.init_from != "resume":           # an older run is here only with --overwrite
             for name in (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE):
@@ -446,7 +466,7 @@ def main(cfg):
                   world_size=world.size, tokens_per_step=tokens_per_step(cfg),
                   tokens_per_epoch=data.n_windows * data.block_size, parameters=model.n_params(),
                   versions=runtime.versions(), config=asdict(cfg))
-        wandb = start_wandb(cfg, step) if cfg.wandb_log else None
+        tracked = trackers(cfg, step)
 
     if cfg.compile:
         say("compiling the model (about a minute; kept in .cache/ for the next start)")
@@ -546,9 +566,8 @@ def main(cfg):
                 log.write(step=step, **told, hours=hours())
                 if trained:
                     draw(out_dir, say)
-                if wandb:
-                    wandb.log({"iter": step, **{f"val/{k.replace('val_', '')}": v
-                                                for k, v in told.items()}}, step=step)
+                for track, _ in tracked:
+                    track({f"val/{k.replace('val_', '')}": v for k, v in told.items()}, step)
         out_of_time = trained and cfg.max_hours and time.time() - began > cfg.max_hours * 3600
         ending = world.any(last or given_up or stop.is_set() or out_of_time)
         overdue = time.time() - saved_at > cfg.save_minutes * 60
@@ -610,9 +629,8 @@ def main(cfg):
             log.write(step=step, tokens=step * tokens_per_step(cfg), epoch=epoch,
                       train_loss=loss_value, lr=lr, grad_norm=norm_value,
                       tokens_per_s=rate, mfu=mfu, hours=hours())
-            if wandb:
-                wandb.log({"iter": step, "train/loss": loss_value, "lr": lr,
-                           "tokens_per_s": rate, "mfu": mfu}, step=step)
+            for track, _ in tracked:
+                track({"train/loss": loss_value, "lr": lr, "tokens_per_s": rate, "mfu": mfu}, step)
             if bar.disable:
                 left = (cfg.max_iters - step) * seconds / steps_timed if steps_timed else None
                 say(f"step {step:,}/{cfg.max_iters:,}: "
@@ -630,8 +648,8 @@ def main(cfg):
         say(f"{why} at step {step:,} after {hours():.2f} hours, best val loss {best_val_loss:.4f}. "
             + (f"`python sample.py --out_dir={out_dir}` samples from it" if last or given_up
                else "--init_from=resume goes on"))
-    if wandb:
-        wandb.finish()
+    for _, finish in tracked:
+        finish()
     world.close()
 
 

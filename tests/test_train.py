@@ -745,6 +745,25 @@ def test_without_wandb_it_says_what_to_install(tiny, monkeypatch):
         run(wandb_log=True)
 
 
+def test_tensorboard_is_told_and_a_resumed_run_goes_on_there(tiny):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run(tensorboard_log=True, max_iters=2, eval_interval=2)
+    run(tensorboard_log=True, max_iters=4, eval_interval=2, init_from="resume")
+    told = EventAccumulator("out").Reload()
+    lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    for name, field in {"train/loss": "train_loss", "val/loss": "val_loss", "lr": "lr"}.items():
+        wanted = {e["step"]: e[field] for e in lines if field in e}
+        found = {scalar.step: scalar.value for scalar in told.Scalars(name)}
+        assert found == pytest.approx(wanted, rel=1e-6) and max(found) == 4
+
+
+def test_without_tensorboard_it_says_what_to_install(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard, or set --tensorboard_log=Fal"):
+        run(tensorboard_log=True)
+
+
 # what it says
 
 def test_it_tells_what_the_run_is_before_the_first_step(tiny, capsys):
