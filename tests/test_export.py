@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -227,6 +228,50 @@ def test_llama_cpp_continues_as_the_model_does(tiny, kind):
         if len(found) == 64:
             break
     assert found == idx[0, len(prompt):].tolist()
+
+
+QUESTIONS = """
+task: local
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_a_folder_as_an_independent_loop_does(tiny):
+    """Needs `pip install lm-eval`; the README's command, on questions that are here."""
+    pytest.importorskip("lm_eval")
+    model = a_run(tiny / "out", block_size=64, block="modern")
+    export.main(export.ExportConfig(to="my-gpt"))
+    questions = [{"question": f"The {word} of {i} is", "choices": ["even", "a naïve word", "東京"],
+                  "answer": i % 3} for i in range(20) for word in ("sum", "number")]
+    (tiny / "tasks").mkdir()
+    (tiny / "tasks/local.yaml").write_text(QUESTIONS)
+    (tiny / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+                    "pretrained=my-gpt,dtype=float32", "--tasks", "local", "--include_path",
+                    "tasks", "--device", "cpu", "--batch_size", "16", "--output_path", "scores"],
+                   check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    told = json.loads(next((tiny / "scores").rglob("results*.json")).read_text())["results"]
+    encode, right = GPT2Tokenizer().encode, np.zeros(2)
+    with torch.inference_mode():
+        for q in questions:
+            context, scores = encode(q["question"]).tolist(), []
+            for choice in q["choices"]:
+                ids = torch.tensor([context + encode(" " + choice).tolist()])
+                log_p = model(ids)[0, :-1].log_softmax(-1)
+                of_choice = log_p.gather(1, ids[0, 1:, None])[len(context) - 1:].sum().item()
+                scores.append((of_choice, of_choice / len(choice)))
+            right += [max(range(3), key=lambda i: scores[i][k]) == q["answer"] for k in (0, 1)]
+    assert [told["local"]["acc,none"], told["local"]["acc_norm,none"]] \
+        == pytest.approx(right / len(questions))
+    assert 0 < right[0] < len(questions)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
