@@ -262,6 +262,13 @@ def before_cooldown(parts, cfg):
     return before
 
 
+def cools_at_once(cfg, parts):
+    """Whether a run that is resumed with fewer steps than planned starts inside its cooldown."""
+    then = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})})
+    return {cfg.lr_schedule, then.lr_schedule} == {"wsd"} and cfg.decay_lr \
+        and optim.cooldown_start(cfg) <= parts["iter_num"] <= optim.cooldown_start(then)
+
+
 def jump(cfg, parts):
     """(learning rate of this step before, and now), or None where a resumed run keeps it down."""
     then, step = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})}), parts["iter_num"]
@@ -436,6 +443,8 @@ def main(cfg):
             say("warning    the learning rate jumps from {:.1e} to {:.1e} here: the loss will rise "
                 "first. --lr_schedule=wsd makes runs that can be lengthened".format(
                     *jump(cfg, parts)))
+        if world.is_main and cools_at_once(cfg, parts):     # from here a longer run can go on
+            checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.STABLE)
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(parts["optimizer"])
         for group, settings in zip(optimizer.param_groups, groups, strict=True):

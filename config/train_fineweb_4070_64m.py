@@ -22,9 +22,9 @@ tie_word_embeddings = True              # the size is the point; a head of its o
 embed_norm = False                      # and without one the table is as small as GPT-2's
 
 optimizer = 'muon'
-learning_rate = 0.015
+learning_rate = 0.015                   # this rate does not depend on the width
 head_lr = 0.002                         # of the table that is both; modded-nanogpt's, for this step
-scalar_lr = 0.006
+scalar_lr = 0.006                       # the evening's, as are the lines without a reason
 beta1 = 0.9
 beta2 = 0.98
 weight_decay = 0.025                    # four times as long a run as the evening's: a quarter

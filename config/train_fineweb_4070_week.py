@@ -21,14 +21,14 @@ n_head = 8                              # Kim et al. 2025 (arXiv 2509.14786) hav
 
 optimizer = 'muon'
 learning_rate = 0.02                    # the evening's, times the root of twice the tokens a step
-embedding_lr = 0.35                     # likewise
+embedding_lr = 0.35                     # likewise, and the next two
 head_lr = 0.0042
 scalar_lr = 0.0085
 beta1 = 0.85                            # of AdamW: the evening's memory, in tokens
 beta2 = 0.97
 weight_decay = 0.12                     # cautious; forgets in a third of an epoch: about 4 times
 head_weight_decay = 0.2                 # what one epoch wants, as in these sweeps
-embedding_weight_decay = 0.002
+embedding_weight_decay = 0.002          # more than the usual 0.001, as above: a judgement
 lr_schedule = 'wsd'
 cooldown = 0.6
 min_lr = 0.0

@@ -338,6 +338,17 @@ def test_a_finished_wsd_run_that_is_lengthened_is_the_longer_run(tiny, settings)
     assert best <= finished["best_val_loss"]
 
 
+def test_a_run_that_is_cut_short_can_be_lengthened_again(tiny):
+    settings = {"lr_schedule": "wsd", "cooldown": 0.5}
+    run(out_dir="out-long", max_iters=24, **settings)
+    stop_after(8, max_iters=24, **settings)
+    run(init_from="resume", max_iters=10, **settings)       # whose cooldown began at step 5
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 10
+    assert checkpoint.load("out/stable.pt")["iter_num"] == 8
+    run(init_from="resume", max_iters=24, **settings)
+    assert log() == log("out-long") and same(weights(), weights("out-long"))
+
+
 def test_a_longer_run_replaces_the_best_of_the_shorter_one_by_a_better_one_only(tiny, monkeypatch):
     losses = iter([5.0, 4.0, 3.0, 3.9, 3.5])            # steps 0, 6, 12; again 12, and 18
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
