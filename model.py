@@ -101,10 +101,10 @@ def model_args(cfg):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in tensors made once for the whole context."""
+    """Keys and values of the tokens seen so far, in tensors made once for `length` tokens."""
 
-    def __init__(self, config, batch_size, device, dtype):
-        shape = (2, config.n_layer, batch_size, config.n_kv_head, config.block_size,
+    def __init__(self, config, batch_size, device, dtype, length):
+        shape = (2, config.n_layer, batch_size, config.n_kv_head, length,
                  config.n_embd // config.n_head)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)       # 2 x (L, B, K, T, D)
         self.length = 0             # tokens in it

@@ -292,7 +292,8 @@ def test_attention_in_pieces_is_attention(monkeypatch, length):
         assert torch.allclose(ours, right, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND[0:3:2], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("kind", [pytest.param(EVERY_KIND[0], marks=pytest.mark.slow),
+                                  EVERY_KIND[2]], ids=["gpt2", "modern"])
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, kind):
     monkeypatch.setattr(model_file, "CHUNK", 24)
     monkeypatch.setattr(model_file, "PIECE", 20)
@@ -317,7 +318,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatc
 def test_keys_and_values_from_the_cache_change_nothing(pieces, kind):
     model = stirred(small(**kind))
     idx = torch.randint(320, (2, sum(pieces)))
-    cache, at, parts = KVCache(model.config, 2, idx.device, torch.float32), 0, []
+    cache, at, parts = KVCache(model.config, 2, idx.device, torch.float32, 32), 0, []
     with torch.no_grad():
         whole = model.hidden(idx)
         for n in pieces:

@@ -240,9 +240,9 @@ def test_a_model_that_returns_its_logits_is_traced_with_them():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_largest_batch_is_the_largest_that_fits(compiled):
-    traced = {d: plan.trace(SMALL, d, compiled=compiled) for d in range(1, 25) if 24 % d == 0}
-    for room in (3.5e6, 7e6, 8e6, 1e7, 1.5e7, 1e12):
-        found = plan.largest_batch(SMALL, 24, room, torch.bfloat16, compiled)
+    traced = {d: plan.trace(SMALL, d, compiled=compiled) for d in (1, 2, 3, 4, 6, 12)}
+    for room in (3.5e6, 7e6, 8e6, 1e12):
+        found = plan.largest_batch(SMALL, 12, room, torch.bfloat16, compiled)
         fits = max((d for d in traced if plan.needed(traced[d]) <= room), default=0)
         assert found == (fits, traced[fits or 1]), room
 

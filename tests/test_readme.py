@@ -36,7 +36,8 @@ def test_every_other_command_of_the_readme_works(work):
     """In their order, in one folder, as somebody who reads from top to bottom types them."""
     write_parquet("Downloads/000_00000.parquet", documents(400))
     write_parquet("my.parquet", documents(300, seed=1), column="content")
-    (work / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
+    for name in ("prompt.txt", "prompts.txt"):
+        (work / name).write_text("Once upon a time", encoding="utf-8")
     (work / "config").symlink_to(PROJECT / "config")
     transformers = pytest.importorskip("transformers")      # whose folders come before the hub
     transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -63,7 +64,8 @@ def test_every_other_command_of_the_readme_works(work):
             words += ["--max_new_tokens=5", "--device=cpu"]
         if any(w.endswith("eval.py") for w in words):
             words += ["--max_documents=5", "--device=cpu"]
-        done = subprocess.run(words, cwd=work, text=True, capture_output=True, timeout=120)
+        done = subprocess.run(words, cwd=work, text=True, capture_output=True, timeout=120,
+                              stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         ran += 1
     assert ran >= 8

@@ -579,7 +579,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny, which):
 
 def test_a_second_signal_stops_at_once(tiny):
     process = start(tiny, *arguments(max_iters=100000, lr_decay_iters=100000,
-                                     gradient_accumulation_steps=200000))
+                                     gradient_accumulation_steps=20011))
     wait_for(process, "step 0: val loss")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -590,7 +590,7 @@ def test_a_second_signal_stops_at_once(tiny):
 
 def kill_and_resume(work, kills, seed=0):
     """Kill -9 a run at random moments, resume each time; it ends as the run that nobody killed."""
-    settings = dict(max_iters=300, lr_decay_iters=300, eval_interval=50, dropout=0.1,
+    settings = dict(max_iters=200, lr_decay_iters=200, eval_interval=50, dropout=0.1,
                     save_minutes=0.0)
     run(out_dir="out-whole", **settings)
     rng, killed, init_from = random.Random(seed), 0, "scratch"
