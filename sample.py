@@ -144,12 +144,12 @@ def lay_out_for_few(model):
 # what is printed
 
 def show(tokens, headings, vocabulary, interactive=False):
-    """Print continuations as they come, the first while the others wait; returns their texts.
+    """Print continuations as they come, the first while the others wait.
 
     `tokens` yields (B, 1) for the B `headings`. Each ends at an end-of-text token, or where
-    interactive at Ctrl-C.
+    interactive at Ctrl-C. Returns their texts and how many tokens these are in all.
     """
-    n = len(headings)
+    n, n_tokens = len(headings), 0
     letters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n)]
     texts, ended, shown, current = [""] * n, [False] * n, 0, 0
     print(headings[0], end="", flush=True)
@@ -170,6 +170,7 @@ def show(tokens, headings, vocabulary, interactive=False):
                 ended[row] |= i == tokenizer.END_OF_TEXT
                 if not ended[row]:                          # a token may be half a letter
                     texts[row] += letters[row].decode(vocabulary.decode_bytes([i]))
+                    n_tokens += 1
             flush()
             if all(ended):
                 break
@@ -180,7 +181,7 @@ def show(tokens, headings, vocabulary, interactive=False):
     ended = [True] * n
     flush()
     print(flush=True)
-    return texts
+    return texts, n_tokens
 
 
 def read(name, what):
@@ -238,49 +239,45 @@ def main(cfg):
     at_a_time = 1 if cfg.interactive else min(cfg.num_samples, cfg.batch_size)
     if device.type == "cpu" and dtype is torch.float32 and at_a_time <= 4:     # slower with 8
         lay_out_for_few(model)
-    counted = {"tokens": 0, "seconds": 0.0}
+    n_tokens, began = 0, time.perf_counter()
 
     def continued(prompt, headings, seeds):
         """Print a continuation of `prompt` under each of `headings`; returns their texts."""
+        nonlocal n_tokens
         ids = [int(i) for i in vocabulary.encode(prompt)]
         if isinstance(vocabulary, tokenizer.GPT2Tokenizer) or not ids:
             ids = [vocabulary.start] + ids  # as every document began that the model learned from
         if len(ids) > model.config.block_size:
             print(f"the prompt has {len(ids):,} tokens; "
                   f"the model sees the last {model.config.block_size:,} of them")
-        dice = Dice(seeds, device)
-
-        def tokens():
-            idx = torch.tensor([ids], device=device).expand(len(seeds), -1)
-            before = time.perf_counter()
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                for token in generate(model, idx, cfg.max_new_tokens, lambda *seen: pick(
-                        *seen, dice.throw(), cfg, n_vocab)):
-                    yield token
-                    now = time.perf_counter()
-                    counted["tokens"], counted["seconds"], before = (
-                        counted["tokens"] + len(seeds), counted["seconds"] + now - before, now)
+        idx, dice = torch.tensor([ids], device=device).expand(len(seeds), -1), Dice(seeds, device)
         try:
-            return show(tokens(), headings, vocabulary, cfg.interactive)
+            texts, n = show(generate(model, idx, cfg.max_new_tokens, lambda *seen: pick(
+                *seen, dice.throw(), cfg, n_vocab)), headings, vocabulary, cfg.interactive)
         except (RuntimeError, MemoryError) as error:
             if not runtime.is_out_of_memory(error):
                 raise
+            less = f"--batch_size={len(seeds) // 2}" if len(seeds) > 1 else "--device=cpu"
             raise ValueError(f"out of memory with {len(seeds)} continuations at a time; "
-                             f"--batch_size={max(len(seeds) // 2, 1)} needs less") from None
+                             f"nearest that may fit: {less}") from None
+        n_tokens += n
+        return texts
 
-    if cfg.interactive:
-        if cfg.num_samples != SampleConfig.num_samples:
-            print("note: interactive writes one continuation, num_samples changes nothing")
-        seeds = itertools.count(cfg.seed)   # the same text typed twice goes on in two ways
-        return interact(lambda text: text + continued(text, [text], [next(seeds)])[0])
-    for p, prompt in enumerate(prompts):
-        of = f"prompt {p + 1}, " if cfg.prompts else ""
-        for first in range(0, cfg.num_samples, cfg.batch_size):
-            numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            continued(prompt, [f"---- {of}sample {n + 1} ----\n{prompt}" for n in numbers],
-                      [cfg.seed + n for n in numbers])
-    print("{tokens:,} tokens in {seconds:.1f} s, {:,.0f} a second".format(
-        counted["tokens"] / max(counted["seconds"], 1e-9), **counted), file=sys.stderr)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        if cfg.interactive:
+            if cfg.num_samples != SampleConfig.num_samples:
+                print("note: interactive writes one continuation, num_samples changes nothing")
+            seeds = itertools.count(cfg.seed)       # a text that is typed twice goes on in two ways
+            return interact(lambda text: text + continued(text, [text], [next(seeds)])[0])
+        for p, prompt in enumerate(prompts):
+            of = f"prompt {p + 1}, " if cfg.prompts else ""
+            for first in range(0, cfg.num_samples, cfg.batch_size):
+                numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
+                continued(prompt, [f"---- {of}sample {n + 1} ----\n{prompt}" for n in numbers],
+                          [cfg.seed + n for n in numbers])
+    seconds = time.perf_counter() - began
+    print(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} a second",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

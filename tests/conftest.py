@@ -1,8 +1,11 @@
 """What the tests share: a folder to work in, documents, parquet files, small datasets, scripts."""
+import multiprocessing
 import os
 import random
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +49,44 @@ def write_nanogpt(folder, train, val=None):
     return folder
 
 
-def script(name, *args, cwd, check=True, env=None, **options):
-    """Run a script of the project in `cwd` as a user does; returns the finished process."""
-    done = subprocess.run([sys.executable, str(PROJECT / name), *map(str, args)], cwd=cwd,
-                          text=True, capture_output=True, env={**os.environ, **(env or {})},
-                          **options)
+def script(name, *args, cwd, check=True, env=None):
+    """Run a script of the project in `cwd` as a user does; returns the finished process.
+
+    Where it can, in a fork of a process that has loaded torch already, which takes longer than most
+    of what is tested. prepare.py does not load it.
+    """
+    command = [str(PROJECT / name), *map(str, args)]
+    env = {**os.environ, **(env or {})}
+    if name == "prepare.py" or "forkserver" not in multiprocessing.get_all_start_methods():
+        done = subprocess.run([sys.executable, *command], cwd=cwd, text=True, capture_output=True,
+                              env=env)
+    else:
+        done = forked(command, cwd, env)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def forked(command, cwd, env):
+    """What subprocess.run gives for a script of Python, from the fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pyarrow.parquet", "tiktoken", "tqdm"])
+    with tempfile.TemporaryDirectory() as told:
+        process = context.Process(target=as_main, args=(command, str(cwd), env, told))
+        process.start()
+        process.join()
+        out, err = (Path(told, name).read_text(encoding="utf-8") for name in ("1", "2"))
+    return subprocess.CompletedProcess(command, process.exitcode, out, err)
+
+
+def as_main(command, cwd, env, told):
+    """Become the script `command`; what it prints goes into the files 1 and 2 in `told`."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(Path(told, str(descriptor)), os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv, sys.path[0] = command, str(PROJECT)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, documents, write_parquet
+from conftest import PROJECT, documents, script, write_parquet
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -52,8 +52,6 @@ def test_every_other_command_of_the_readme_works(work):
             continue                        # needs the hub; test_export.py has local questions
         if "--download" in words:
             continue                        # needs the hub; test_prepare.py tests it on a stand-in
-        if words[0] == "python":
-            words = [sys.executable, str(PROJECT / words[1]), *words[2:]]
         if words[0] == "torchrun":
             words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
             words[words.index("train.py")] = str(PROJECT / "train.py")
@@ -64,8 +62,8 @@ def test_every_other_command_of_the_readme_works(work):
             words += ["--max_new_tokens=5", "--device=cpu"]
         if any(w.endswith("eval.py") for w in words):
             words += ["--max_documents=5", "--device=cpu"]
-        done = subprocess.run(words, cwd=work, text=True, capture_output=True, timeout=120,
-                              stdin=subprocess.DEVNULL)
+        done = script(*words[1:], cwd=work, check=False) if words[0] == "python" else \
+            subprocess.run(words, cwd=work, text=True, capture_output=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         ran += 1
     assert ran >= 8

@@ -186,8 +186,9 @@ def test_samples_are_printed_in_their_order_and_each_ends_at_its_end_of_text(cap
         for token in tokens:
             yield token
             printed.append(capsys.readouterr().out)
-    texts = show(coming(), ["A:", "B:", "C:", "D:"], GPT2Tokenizer())
+    texts, n_tokens = show(coming(), ["A:", "B:", "C:", "D:"], GPT2Tokenizer())
     assert texts == [" one two three four", " five", "", " six seven eight nine"]
+    assert n_tokens == 9
     assert printed == ["A: one", " two", " three", " four"]         # as they come
     assert capsys.readouterr().out == "\nB: five\nC:\nD: six seven eight nine\n"
     show(iter([torch.tensor([[end], [end]])] * 3), ["A:", "B:"], GPT2Tokenizer())
@@ -210,7 +211,8 @@ def test_interactive_goes_on_after_ctrl_c_and_ends_with_the_input(runs):
     process = subprocess.Popen(
         [sys.executable, "-u", str(PROJECT / "sample.py"), "--interactive", "--device=cpu",
          "--max_new_tokens=100000"], cwd=runs, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+        stderr=subprocess.PIPE,             # a shell's background jobs ignore Ctrl-C; this does not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     told, watchdog = "", threading.Timer(100, process.kill)
     watchdog.start()
 
@@ -249,7 +251,7 @@ def test_memory_that_runs_out_is_one_sentence(runs, monkeypatch):
     monkeypatch.setattr("sample.KVCache", lambda *a: (_ for _ in ()).throw(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.30 GiB")))
     with pytest.raises(ValueError, match="out of memory with 8 continuations at a time; "
-                                         "--batch_size=4 needs less"):
+                                         "nearest that may fit: --batch_size=4"):
         sample.main(SampleConfig(num_samples=8, device="cpu"))
 
 

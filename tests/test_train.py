@@ -174,8 +174,9 @@ def test_mixed_precision_follows_fp32(tiny, dtype):
 
 
 def test_compiled_training_is_eager_training(tiny):
-    run(out_dir="out-eager", max_iters=4)
-    done = script("train.py", *arguments(out_dir="out-compiled", max_iters=4, compile=True),
+    settings = dict(max_iters=4, n_layer=1)         # each layer takes seconds to compile
+    run(out_dir="out-eager", **settings)
+    done = script("train.py", *arguments(out_dir="out-compiled", compile=True, **settings),
                   cwd=tiny)
     assert "compiling the model" in done.stdout
     a, b = log("out-eager"), log("out-compiled")
