@@ -245,7 +245,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 
 @pytest.mark.slow
 def test_lm_eval_scores_a_folder_as_an_independent_loop_does(tiny):
-    """Needs `pip install lm-eval`; the README's command, on questions that are here."""
+    """Needs `pip install lm-eval[hf]`; the README's command, on questions that are here."""
     pytest.importorskip("lm_eval")
     model = a_run(tiny / "out", block_size=64, block="modern")
     export.main(export.ExportConfig(to="my-gpt"))
