@@ -49,17 +49,18 @@ def write_nanogpt(folder, train, val=None):
     return folder
 
 
-def script(name, *args, cwd, check=True, env=None):
+def script(name, *args, cwd, check=True, env=None, **options):
     """Run a script of the project in `cwd` as a user does; returns the finished process.
 
     Where it can, in a fork of a process that has loaded torch already, which takes longer than most
-    of what is tested. prepare.py does not load it.
+    of what is tested; not with `options` of subprocess.run, nor prepare.py, which does not load it.
     """
     command = [str(PROJECT / name), *map(str, args)]
     env = {**os.environ, **(env or {})}
-    if name == "prepare.py" or "forkserver" not in multiprocessing.get_all_start_methods():
+    if options or name == "prepare.py" \
+            or "forkserver" not in multiprocessing.get_all_start_methods():
         done = subprocess.run([sys.executable, *command], cwd=cwd, text=True, capture_output=True,
-                              env=env)
+                              env=env, **options)
     else:
         done = forked(command, cwd, env)
     assert not check or done.returncode == 0, done.stdout + done.stderr
