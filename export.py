@@ -78,7 +78,7 @@ def vocabulary_and_merges():
 
 def make_tokenizer(block_size):
     """GPT-2's tokenizer for transformers, from the vocabulary file alone."""
-    transformers = pretrained.library("an export")
+    transformers = pretrained.import_transformers("an export")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokens, merges = vocabulary_and_merges()
@@ -156,7 +156,7 @@ def write_hf(model, folder, words):
 
 
 def check_hf(model, folder, dataset):
-    transformers = pretrained.library("an export")
+    transformers = pretrained.import_transformers("an export")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     difference = compare(model, lambda idx: again(idx).logits)
     vocabulary = transformers.AutoTokenizer.from_pretrained(folder)

@@ -22,7 +22,7 @@ USUAL = {
 }
 
 
-def library(name):
+def import_transformers(name):
     """transformers, which `name` needs; raises ImportError that says what to install."""
     try:
         import transformers
@@ -37,7 +37,7 @@ def read(name, dropout=0.0):
 
     Raises ValueError where that is no GPT-2 and no Qwen3, or one that differs from the usual.
     """
-    transformers = library(f"init_from = {name!r}")
+    transformers = import_transformers(f"init_from = {name!r}")
 
     def found(kind):
         try:
@@ -140,7 +140,7 @@ def family(config):
 
 def to_transformers(model):
     """The GPT2LMHeadModel or Qwen3ForCausalLM, fp32, that computes the logits of `model`."""
-    transformers, c = library("an export"), model.config
+    transformers, c = import_transformers("an export"), model.config
     end = 50256                     # GPT-2's end of text, before every document
     weights = {key: w.detach().float() for key, w in model.state_dict().items()}
     if family(c) == "gpt2":

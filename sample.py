@@ -124,8 +124,8 @@ def generate(model, idx, max_new_tokens, draw, use_cache=True):
         if context.size(1) > block_size:
             context, cache = context[:, -max(block_size // 2, 1):], None
         if use_cache and cache is None:
-            cache, new = KVCache(
-                model.config, idx.size(0), idx.device, dtype, longest), context
+            cache = KVCache(model.config, idx.size(0), idx.device, dtype, longest)
+            new = context
         else:
             new = token if use_cache else context
         hidden = model.hidden(new, cache)[:, -1]                    # (B, C)

@@ -238,12 +238,17 @@ def load_resume(cfg, world):
     return parts
 
 
+def asked_before(cfg, parts):
+    """The settings of the run that `parts` are of, and today's where it had none of that name."""
+    return SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})})
+
+
 def before_cooldown(parts, cfg):
     """`parts`, or stable.pt where they are in a cooldown that a longer run has not come to yet.
 
     Only from before it does a longer run go on without a jump of the learning rate.
     """
-    then = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})})
+    then = asked_before(cfg, parts)
     began = optim.cooldown_start(then)
     if not {cfg.lr_schedule, then.lr_schedule} == {"wsd"} or not cfg.decay_lr \
             or parts["iter_num"] <= began or optim.cooldown_start(cfg) <= began:
@@ -264,14 +269,14 @@ def before_cooldown(parts, cfg):
 
 def cools_at_once(cfg, parts):
     """Whether a run that is resumed with fewer steps than planned starts inside its cooldown."""
-    then = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})})
+    then = asked_before(cfg, parts)
     return {cfg.lr_schedule, then.lr_schedule} == {"wsd"} and cfg.decay_lr \
         and optim.cooldown_start(cfg) <= parts["iter_num"] <= optim.cooldown_start(then)
 
 
 def jump(cfg, parts):
     """(learning rate of this step before, and now), or None where a resumed run keeps it down."""
-    then, step = SimpleNamespace(**{**asdict(cfg), **parts.get("config", {})}), parts["iter_num"]
+    then, step = asked_before(cfg, parts), parts["iter_num"]
     before, after = optim.lr_at(step, then), optim.lr_at(step, cfg)
     warm = step >= max(cfg.warmup_iters, then.warmup_iters)
     return (before, after) if warm and after > 1.2 * before else None

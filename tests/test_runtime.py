@@ -117,3 +117,15 @@ def test_one_process_is_a_world():
     world = runtime.World(CPU)
     assert world.is_main and world.any(True) and not world.any(False) and world.gather(5) == [5]
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_a_small_product_that_had_to_wait_does_not_decide_the_speed(monkeypatch):
+    seconds = {256: 0.014, 512: 0.002, 1024: 0.016, 2048: 0.131}    # of a core shared at first
+    clock, at = [], 0.0
+    for taken in seconds.values():
+        for _ in range(3):
+            clock += [at, at + taken]
+            at += taken
+    monkeypatch.setattr(runtime.time, "perf_counter", iter(clock).__next__)
+    found = runtime.measured_flops(torch.device("cpu"), torch.float32)
+    assert found == pytest.approx(max(2 * n**3 / s for n, s in seconds.items()), rel=1e-6)
