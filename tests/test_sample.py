@@ -114,6 +114,9 @@ def test_the_likeliest_token_is_another_one_where_repeating_is_penalised():
     for penalty, likeliest in ((1.0, 0), (1.1, 0), (1.3, 1)):
         cfg = asked(temperature=0.0, repetition_penalty=penalty)
         assert pick(logits, context, None, cfg, 3).item() == likeliest
+        # below 0 a penalty must not bring a token nearer to 0
+        below = torch.tensor([[-1.0, -1.2, -9.0]])
+        assert pick(below, context, None, cfg, 3).item() == likeliest
 
 
 def test_matrices_laid_out_for_few_rows_are_the_same_matrices():
