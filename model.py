@@ -112,6 +112,7 @@ class KVCache:
     def extend(self, layer, k, v):
         """Add `k`, `v` (B, K, T, D) after what is there; return all keys and values of `layer`."""
         end = self.length + k.size(2)
+        assert end <= self.k.size(3), f"{end} tokens in a cache for {self.k.size(3)}"
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
