@@ -70,7 +70,8 @@ def script(name, *args, cwd, check=True, env=None, **options):
 def forked(command, cwd, env):
     """What subprocess.run gives for a script of Python, from the fork server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pyarrow.parquet", "tiktoken", "tqdm"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "pyarrow.parquet", "tiktoken", "tqdm",
+                                    "matplotlib.figure"])
     with tempfile.TemporaryDirectory() as told:
         process = context.Process(target=as_main, args=(command, str(cwd), env, told))
         process.start()

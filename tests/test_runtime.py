@@ -123,7 +123,7 @@ def test_a_small_product_that_had_to_wait_does_not_decide_the_speed(monkeypatch)
     seconds = {256: 0.014, 512: 0.002, 1024: 0.016, 2048: 0.131}    # of a core shared at first
     clock, at = [], 0.0
     for taken in seconds.values():
-        for _ in range(3):
+        for _ in range(5):
             clock += [at, at + taken]
             at += taken
     monkeypatch.setattr(runtime.time, "perf_counter", iter(clock).__next__)
