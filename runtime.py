@@ -211,14 +211,14 @@ def smaller_when_full(do, B, world, what, say):
             "which changes no result")
 
 
-def measured_flops(device, dtype, at_least_s=0.01, largest=8192):
-    """FLOP/s of a product of square matrices: the best of all from 256 to 1,024 and, where those
-    take less than `at_least_s`, on to `largest`.
+def measured_flops(device, dtype, at_least_s=0.01):
+    """FLOP/s of a product of square matrices: the best of several sizes, from 256 on.
 
-    The best of several, since a small one next to other work can take a hundred times as long.
+    The last one is from 1,024 on the first that takes `at_least_s`, or 8,192. One size alone, next
+    to other work, can take a hundred times as long.
     """
-    size, best, fastest = 256, 0.0, 0.0
-    while size <= 1024 or (fastest < at_least_s and size <= largest):
+    best = 0.0
+    for size in (256, 512, 1024, 2048, 4096, 8192):
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         fastest = math.inf
         for _ in range(5):
@@ -226,7 +226,8 @@ def measured_flops(device, dtype, at_least_s=0.01, largest=8192):
             (a @ b)[0, 0].item()            # which waits for the device
             fastest = min(fastest, time.perf_counter() - began)
         best = max(best, 2 * size**3 / fastest)
-        size *= 2
+        if size >= 1024 and fastest >= at_least_s:
+            break
     return best
 
 
