@@ -580,7 +580,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny, which):
 
 def test_a_second_signal_stops_at_once(tiny):
     process = start(tiny, *arguments(max_iters=100000, lr_decay_iters=100000,
-                                     gradient_accumulation_steps=20011))
+                                     gradient_accumulation_steps=4001))
     wait_for(process, "step 0: val loss")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
