@@ -8,13 +8,16 @@ What will this run cost? Parameters, tokens, epochs, memory, time, disk: before 
 
 train.py prints the same block before it starts (and stops after it with --dry_run).
 """
+import contextlib
 import difflib
 import json
 import math
 import shutil
 import sys
 import weakref
+from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -205,31 +208,36 @@ def compiled_hidden(model):
     return lambda idx: traced(idx, *model.parameters())
 
 
-def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
-    """Peak bytes of training `model` with micro-batches of `batch_size` windows, on fake tensors.
-
-    `model` is a GPTConfig, or a function that makes a module whose call gives (logits, loss), such
-    as nanoGPT's; the optimizer and the average of weights are those of `cfg`, a TrainConfig, else
-    AdamW alone. Returns {"micro_step", "optimizer_step", "evaluation": bytes, "by_kind": {kind:
-    bytes} at the peak of the micro-step}. Counts what is alive, all gradients included: neither
-    CUDA's context nor what its allocator wastes. Not compiled, every operation's result counts.
-    Compiled, the peak is at the loss, and passes that are fused with others have no results.
-    """
+@contextlib.contextmanager
+def faked(make, dtype, cfg):
+    """(a Trace, the module that `make` makes, its optimizer), all of it on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = model if isinstance(model, GPTConfig) else None
-    make = (lambda: GPT(config)) if config else model
-    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32)
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), \
             Trace() as traced:
         model = make()
-        parameters = list(model.parameters())
         optimizer = optim.configure_optimizer(model, cfg, torch.device("cpu"), dtype) if cfg \
-            else torch.optim.AdamW(parameters, fused=True)
+            else torch.optim.AdamW(model.parameters(), fused=True)
         traced.kind = "optimizer"
         average = optim.Average(model, 1) if cfg and cfg.ema_half_life else None    # noqa: F841
+        yield traced, model, optimizer
+
+
+def trace_update(make, dtype, cfg):
+    """Peak bytes of the optimizer's first step, which makes its state."""
+    with faked(make, dtype, cfg) as (traced, model, optimizer):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        return traced.peak
+
+
+def trace_passes(make, batch_size, dtype, compiled, cfg):
+    """{kind: bytes} at the peak of a micro-step, and the peak of an "evaluation"."""
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32)
+    with faked(make, dtype, cfg) as (traced, model, optimizer):
         hidden = None
-        if config:
+        if isinstance(model, GPT):
             for block in model.transformer.h:
                 block.attn.dropout = 0.0        # fused attention keeps nothing for its dropout
             hidden = compiled_hidden(model) if compiled else model.hidden
@@ -251,25 +259,44 @@ def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
                 else:
                     logits, loss = model(idx, idx)
             if compiled:
-                micro_step, by_kind = traced.peak, traced.at_peak
+                at_peak = traced.at_peak
             traced.kind = "activations"
             loss.backward()
             if not compiled:
-                micro_step, by_kind = traced.peak, traced.at_peak
+                at_peak = traced.at_peak
             loss = logits = None        # noqa: F841  (nanoGPT holds its logits until here)
-            traced.call([p.grad for p in parameters], "gradients")
+            traced.call([p.grad for p in model.parameters()], "gradients")
             if step == 0:
                 traced.kind = "optimizer"
-                traced.start_peak()
                 optimizer.step()
-                optimizer_step = traced.peak
         optimizer.zero_grad(set_to_none=True)
         traced.kind = "activations"
         traced.start_peak()
         with torch.no_grad(), autocast:
             model.eval()(idx, idx)
-        return {"micro_step": micro_step, "optimizer_step": optimizer_step,
-                "evaluation": traced.peak, "by_kind": by_kind}
+        return {**at_peak, "evaluation": traced.peak}
+
+
+def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
+    """Peak bytes of training `model` with micro-batches of `batch_size` windows, on fake tensors.
+
+    `model` is a GPTConfig, or a function that makes a module whose call gives (logits, loss), such
+    as nanoGPT's; the optimizer and the average of weights are those of `cfg`, a TrainConfig, else
+    AdamW alone. Returns {"micro_step", "optimizer_step", "evaluation": bytes, "by_kind": {kind:
+    bytes} at the peak of the micro-step}. Counts what is alive, all gradients included: neither
+    CUDA's context nor what its allocator wastes. Not compiled, every operation's result counts.
+    Compiled, the peak is at the loss, and passes that are fused with others have no results.
+    """
+    how = batch_size, dtype, compiled, cfg
+    if isinstance(model, GPTConfig):            # all blocks are alike, so two of them tell
+        one, two = (trace_passes(partial(GPT, replace(model, n_layer=n)), *how) for n in (1, 2))
+        found = {key: one[key] + (two[key] - one[key]) * (model.n_layer - 1) for key in two}
+        model = partial(GPT, model)
+    else:
+        found = trace_passes(model, *how)
+    evaluation = found.pop("evaluation")
+    return {"micro_step": sum(found.values()), "evaluation": evaluation,
+            "optimizer_step": trace_update(model, dtype, cfg), "by_kind": found}
 
 
 def needed(traced):

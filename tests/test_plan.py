@@ -177,6 +177,18 @@ def test_weights_gradients_and_optimizer_take_4_4_and_8_bytes_a_parameter(compil
     assert traced["optimizer_step"] >= 4 * n and traced["evaluation"] > 3 * n
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("settings", [
+    {}, {"dropout": 0.1, "bias": True, "softcap": 15.0},
+    {"block": "modern", "optimizer": "muon", "ema_half_life": 5, "n_kv_head": 1}])
+def test_what_two_blocks_tell_is_what_all_blocks_take(settings, compiled):
+    cfg = small_cfg(**settings, n_layer=4)
+    shape = GPTConfig(**model_args(cfg))
+    traced = plan.trace(shape, 3, torch.bfloat16, compiled, cfg)
+    whole = plan.trace_passes(lambda: GPT(shape), 3, torch.bfloat16, compiled, cfg)
+    assert {**traced["by_kind"], "evaluation": traced["evaluation"]} == whole
+
+
 def test_muon_keeps_one_number_of_a_matrix_and_the_average_one_of_every_weight():
     shape = replace(SMALL, block="modern")
     n = plan.make(small_cfg(), shape, TEXT, CARD, torch.float32, False)["parameters"]
