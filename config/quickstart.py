@@ -25,3 +25,5 @@ cooldown = 0.7                          # linear to 0 over the last 70 %
 min_lr = 0.0
 max_iters = 120                         # 0.12 M tokens, 0.2 epochs
 warmup_iters = 6
+
+compile = False                         # 120 steps do not earn back the minute that it takes
