@@ -224,7 +224,10 @@ def faked(make, dtype, cfg):
 
 
 def trace_update(make, dtype, cfg):
-    """Peak bytes of the optimizer's first step, which makes its state."""
+    """Peak bytes of the optimizer's first step, which makes its state.
+
+    Of all blocks: which of its groups Muon peaks at depends on how many there are.
+    """
     with faked(make, dtype, cfg) as (traced, model, optimizer):
         for p in model.parameters():
             p.grad = torch.empty_like(p)

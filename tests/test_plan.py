@@ -8,6 +8,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as model_file
 import plan
@@ -173,8 +174,18 @@ def test_weights_gradients_and_optimizer_take_4_4_and_8_bytes_a_parameter(compil
     kinds = traced["by_kind"]
     assert kinds["weights"] == kinds["gradients"] == n
     assert 2 * n <= kinds["optimizer"] < 2 * n + 512 * 2 * len(list(GPT(SMALL).parameters()))
-    assert sum(kinds.values()) == traced["micro_step"]
     assert traced["optimizer_step"] >= 4 * n and traced["evaluation"] > 3 * n
+
+
+def test_a_peak_is_the_most_that_was_alive_at_once_and_its_kinds_add_up_to_it():
+    with FakeTensorMode(), plan.Trace() as traced:
+        a = torch.empty(1024)                   # 4 KiB
+        traced.kind = "loss"
+        b = torch.empty(2048)
+        del a, b
+        c = torch.empty(1)                      # 512 bytes, as the allocator rounds
+    assert traced.at_peak == {"weights": 4096, "loss": 8192}
+    assert traced.peak == sum(traced.at_peak.values()) and traced.total == 512 and len(c) == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])
