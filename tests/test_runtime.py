@@ -119,15 +119,28 @@ def test_one_process_is_a_world():
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
 
 
+def products_that_take(seconds, monkeypatch):
+    """A clock on which the products of matrices take `seconds`, one after the other."""
+    clock, at = [], 0.0
+    for taken in seconds:
+        clock += [at, at + taken]
+        at += taken
+    times = iter(clock)
+    monkeypatch.setattr(runtime.time, "perf_counter", times.__next__)
+    return times
+
+
 def test_a_product_that_had_to_wait_does_not_decide_the_speed(monkeypatch):
     """Small ones on a core that is shared at first; of each size, all but the second of five."""
     seconds = {256: 0.014, 512: 0.002, 1024: 0.009, 2048: 0.075}    # at 238 and 229 GFLOP/s
-    clock, at = [], 0.0
-    for fastest in seconds.values():
-        for taken in (10 * fastest, fastest, 3 * fastest, 2 * fastest, 5 * fastest):
-            clock += [at, at + taken]
-            at += taken
-    times = iter(clock)
-    monkeypatch.setattr(runtime.time, "perf_counter", times.__next__)
+    times = products_that_take([factor * fastest for fastest in seconds.values()
+                                for factor in (10, 1, 3, 2, 5)], monkeypatch)
     found = runtime.measured_flops(torch.device("cpu"), torch.float32)
     assert found == pytest.approx(2 * 1024**3 / 0.009, rel=1e-6) and not list(times)
+
+
+def test_slow_products_are_measured_in_a_second(monkeypatch):
+    """fp16 at 1.4 GFLOP/s, where five of 1,024 would take 8 s: 256 five times and 512 twice."""
+    times = products_that_take([0.025, 0.024, 0.024, 0.026, 0.03, 0.2, 0.19], monkeypatch)
+    found = runtime.measured_flops(torch.device("cpu"), torch.float16)
+    assert found == pytest.approx(2 * 512**3 / 0.19, rel=1e-6) and not list(times)

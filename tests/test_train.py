@@ -1,4 +1,6 @@
 """The run as a whole. Most tests run train.main in this process, uncompiled and in fp32."""
+import copy
+import functools
 import gc
 import json
 import math
@@ -18,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import checkpoint
 import optim
+import plan
 import runtime
 import train
 from configurator import configure
@@ -30,6 +33,7 @@ TINY = dict(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2
             batch_size=4, gradient_accumulation_steps=2, max_iters=12, lr_decay_iters=12,
             warmup_iters=2, learning_rate=1e-2, min_lr=1e-3, eval_interval=6, eval_iters=3,
             device="cpu", dtype="float32", compile=False)
+TRACE, FLOPS = plan.trace, functools.cache(runtime.measured_flops)
 
 
 def run(**settings):
@@ -56,6 +60,23 @@ def weights(out_dir="out"):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@functools.cache
+def traced_once(model, batch_size, dtype, compiled, *optimizer):
+    return TRACE(model, batch_size, dtype, compiled, TrainConfig(**dict(optimizer)))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No picture, and one trace of a shape: nine tenths of so small a run. Others test these."""
+    def trace(model, batch_size, dtype, compiled, cfg):
+        return copy.deepcopy(traced_once(model, batch_size, dtype, compiled, *(
+            (name, getattr(cfg, name)) for name in ("optimizer", "muon_beta2", "ema_half_life"))))
+
+    monkeypatch.setattr(plan, "trace", trace)
+    monkeypatch.setattr(runtime, "measured_flops", FLOPS)
+    monkeypatch.setattr(train, "draw", lambda out_dir, say: None)
 
 
 @pytest.fixture(autouse=True)
