@@ -294,17 +294,24 @@ def loss_of_chunk(x, w, targets, counts, grad_w, softcap=0.0):
     """
     targets, counts = targets[:, None], counts[:, None]
     logits = capped((x @ w.T).to(torch.promote_types(w.dtype, torch.float32)), softcap)
-    logsumexp = logits.logsumexp(1, keepdim=True)
-    total = ((logsumexp - logits.gather(1, targets)) * counts).sum()
+    slope = 1 - (logits / softcap).square() if softcap and grad_w is not None else None   # of tanh
+    aimed = logits.gather(1, targets)
+    if torch.compiler.is_compiling():
+        logsumexp = logits.logsumexp(1, keepdim=True)
+    else:
+        largest = logits.amax(1, keepdim=True)
+        powers = logits.sub_(largest).exp_()
+        sums = powers.sum(1, keepdim=True)
+        logsumexp = sums.log() + largest
+    total = ((logsumexp - aimed) * counts).sum()
     if grad_w is None:
         return total, None
-    slope = 1 - (logits / softcap).square() if softcap else None              # of tanh
     if torch.compiler.is_compiling():       # becomes one pass, which a scatter would cut into three
         columns = torch.arange(w.size(0), device=w.device)
         grad = ((logits - logsumexp).exp() - (columns == targets).to(logits.dtype)) * counts
     else:
-        grad = logits.sub_(logsumexp).exp_()
-        grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype)).mul_(counts)
+        grad = powers.mul_(counts / sums)
+        grad.scatter_add_(1, targets, -counts.to(grad.dtype))
     grad = (grad if slope is None else grad * slope).to(w.dtype)
     grad_w += grad.T @ x
     return total, grad @ w

@@ -16,6 +16,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # the models are tiny; more threads only wait
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")     # other tests have the other cores
 
 WORDS = (
     "the of and a to in is that it was for on are as with his they at be this from have or by "

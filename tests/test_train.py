@@ -612,14 +612,14 @@ def test_a_second_signal_stops_at_once(tiny):
 
 def kill_and_resume(work, kills, seed=0):
     """Kill -9 a run at random moments, resume each time; it ends as the run that nobody killed."""
-    settings = dict(max_iters=200, lr_decay_iters=200, eval_interval=50, dropout=0.1,
+    settings = dict(max_iters=100, lr_decay_iters=100, eval_interval=25, dropout=0.1,
                     save_minutes=0.0)
     run(out_dir="out-whole", **settings)
     rng, killed, init_from = random.Random(seed), 0, "scratch"
     while killed < kills:
         process = start(work, *arguments(out_dir="out-cut", init_from=init_from, **settings))
         wait_for(process, "output ")
-        time.sleep(rng.uniform(0.0, 4.0))
+        time.sleep(rng.uniform(0.0, 2.5))
         if process.poll() is None:
             process.kill()
             killed += 1
