@@ -298,10 +298,10 @@ def loss_of_chunk(x, w, targets, counts, grad_w, softcap=0.0):
     aimed = logits.gather(1, targets)
     if torch.compiler.is_compiling():
         logsumexp = logits.logsumexp(1, keepdim=True)
-    else:
+    else:                                   # in the place of the logits, once for loss and gradient
         largest = logits.amax(1, keepdim=True)
-        powers = logits.sub_(largest).exp_()
-        sums = powers.sum(1, keepdim=True)
+        exponentials = logits.sub_(largest).exp_()
+        sums = exponentials.sum(1, keepdim=True)
         logsumexp = sums.log() + largest
     total = ((logsumexp - aimed) * counts).sum()
     if grad_w is None:
@@ -310,7 +310,7 @@ def loss_of_chunk(x, w, targets, counts, grad_w, softcap=0.0):
         columns = torch.arange(w.size(0), device=w.device)
         grad = ((logits - logsumexp).exp() - (columns == targets).to(logits.dtype)) * counts
     else:
-        grad = powers.mul_(counts / sums)
+        grad = exponentials.mul_(counts / sums)
         grad.scatter_add_(1, targets, -counts.to(grad.dtype))
     grad = (grad if slope is None else grad * slope).to(w.dtype)
     grad_w += grad.T @ x
