@@ -311,7 +311,9 @@ def needed(traced):
 def largest_batch(config, windows, room, dtype, compiled, known=None, cfg=None):
     """(batch_size, its trace): the largest divisor of `windows` that fits `room` bytes.
 
-    `known` is (batch_size, trace) of one that is traced already. (0, trace of 1) where none fits.
+    Memory is taken to grow in a straight line with it; where it does not, one that fits too, but
+    perhaps not the largest. `known` is (batch_size, trace) of one that is traced already.
+    (0, trace of 1) where none fits.
     """
     limit = windows
     B, traced = known or (runtime.divisor(windows, max(CHUNK // config.block_size, 1)), None)
