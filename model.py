@@ -37,6 +37,7 @@ class GPTConfig:
     zero_init: bool | None = None   # start with c_proj, and a head of its own, at zero
     softcap: float = 0.0            # logits are softcap * tanh(logits / softcap); 0: as they come
     rope_theta: float = 10000.0     # longest wavelength of rotary positions, in 2 pi tokens
+    n_value_table: int = 0          # embeddings that every other block adds to its values, by turns
 
     def __post_init__(self):
         for name, known in {"block": tuple(BLOCKS), **CHOICES}.items():
@@ -45,7 +46,7 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("n_inner", "n_kv_head", "softcap"):
+        for name in ("n_inner", "n_kv_head", "softcap", "n_value_table"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} cannot be negative")
         if self.rope_theta <= 0:
@@ -208,7 +209,17 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), 3).to(x.dtype)
 
 
+GATE_WIDTH = 12                     # numbers of the stream that decide how far a gate is open
+
+
 class CausalSelfAttention(nn.Module):
+    """Attention, in every other block (the last one too) with value embeddings where there are any.
+
+    Those are rows of a table for the tokens, added to the values of each head through a gate, which
+    tell a block deep down which token it is at (Zhou et al. 2024, arXiv 2410.17897; modded-nanogpt;
+    the gates are nanochat's).
+    """
+
     def __init__(self, config, layer):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
@@ -217,10 +228,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
+        self.table = None                                               # which of the value tables
+        if config.n_value_table and (config.n_layer - layer) % 2:
+            self.table = layer // 2 % config.n_value_table
+            self.v_gate = nn.Linear(min(GATE_WIDTH, C), config.n_kv_head, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.layer, self.config, self.dropout = layer, config, config.dropout
 
-    def forward(self, x, turn=None, cache=None):
+    def forward(self, x, turn=None, cache=None, values=()):
         B, T, C = x.shape
         H, K = self.config.n_head, self.config.n_kv_head
         q, k, v = (part.view(B, T, -1, C // H).transpose(1, 2)                # (B, H or K, T, D)
@@ -230,6 +245,10 @@ class CausalSelfAttention(nn.Module):
         if turn:
             q, k = rotate(q, *turn), rotate(k, *turn)
         q, k = q.to(v.dtype), k.to(v.dtype)                 # a norm may leave them in fp32
+        if self.table is not None:
+            gate = 2 * self.v_gate(x[..., :GATE_WIDTH]).sigmoid()             # (B, T, K)
+            looked_up = values[self.table].view(B, T, K, -1).to(v.dtype)
+            v = v + (gate[..., None] * looked_up).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype))
         if K < H:
@@ -273,8 +292,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, turn=None, cache=None):
-        x = x + self.attn(self.ln_1(x), turn, cache)
+    def forward(self, x, turn=None, cache=None, values=()):
+        x = x + self.attn(self.ln_1(x), turn, cache, values)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -350,7 +369,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x.to(grad_w.dtype) * scale, grad_w.mul_(scale), None, None, None, None, None
 
 
-EMBEDDINGS = ("transformer.wte", "transformer.wpe", "lm_head")
+EMBEDDINGS = ("transformer.wpe", "transformer.wve", "transformer.wte", "lm_head")
 
 
 class GPT(nn.Module):
@@ -369,6 +388,10 @@ class GPT(nn.Module):
         ))
         if config.embed_norm:
             self.transformer["ln_e"] = make_norm(config, config.n_embd, weightless=True)
+        if config.n_value_table:            # side by side, so that a token's are read at once
+            self.transformer["wve"] = nn.Embedding(
+                config.vocab_size,
+                config.n_value_table * config.n_kv_head * config.n_embd // config.n_head)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight           # (Press and Wolf 2017)
@@ -379,12 +402,15 @@ class GPT(nn.Module):
 
         With zero_init these start at 0, a head of its own too, and the other matrices of the blocks
         at N(0, 0.55 / sqrt(C)). An embedding that is normalised and not tied starts at N(0, 1),
-        weights of normed queries and keys at 1.2: together 1.44, for sharper attention.
+        weights of normed queries and keys at 1.2: together 1.44, for sharper attention. Value
+        embeddings start as large as the values are, N(0, 0.5), and their gates half open.
         """
         c = self.config
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "v_gate.weight")):
                 nn.init.zeros_(p)
+            elif "wve" in name:
+                nn.init.normal_(p, std=0.5)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 nn.init.constant_(p, 1.2)
             elif p.dim() == 2:
@@ -413,9 +439,10 @@ class GPT(nn.Module):
             turn = rotary(self.config, pos)
         else:
             x = x + self.transformer.wpe(pos)
-        x = self.transformer.drop(x)
+        x, n = self.transformer.drop(x), self.config.n_value_table
+        values = self.transformer.wve(idx).chunk(n, 2) if n else ()           # n x (B, T, K D)
         for block in self.transformer.h:
-            x = block(x, turn, cache)
+            x = block(x, turn, cache, values)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -464,7 +491,7 @@ class GPT(nn.Module):
         twice that).
         """
         c = self.config
-        looked_up = ("transformer.wpe",) if c.tie_word_embeddings else EMBEDDINGS[:2]
+        looked_up = EMBEDDINGS[:2] if c.tie_word_embeddings else EMBEDDINGS[:3]
         matmul = sum(p.numel() for name, p in self.named_parameters()
                      if p.dim() == 2 and not name.startswith(looked_up))
         return 6 * matmul + 6 * c.n_layer * c.n_embd * c.block_size

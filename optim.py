@@ -20,6 +20,7 @@ ITERATIONS = {
 ADAM_EPS = 1e-10                # beside Muon: as small as the gradients of rare tokens
 FIRST_MOMENTUM = 0.85           # of Muon, as in modded-nanogpt: short while the gradient turns fast
 WIDTH = 768                     # n_embd at which embedding_lr and head_lr are what they say
+VALUES = 0.5                    # of wte's learning rate has a value embedding's, as in nanochat
 
 
 def configure_optimizer(model, cfg, device, dtype=torch.bfloat16):
@@ -40,6 +41,7 @@ def configure_optimizer(model, cfg, device, dtype=torch.bfloat16):
     matrices = {name: p for name, p in named.items() if ".h." in name and p.dim() == 2}
     table = {} if c.tie_word_embeddings else {"transformer.wte.weight": named.pop(
         "transformer.wte.weight")}
+    values = [named.pop("transformer.wve.weight")] if c.n_value_table else []
     head = named.pop("transformer.wte.weight" if c.tie_word_embeddings else "lm_head.weight")
     rest = [p for name, p in named.items() if name not in matrices]
     adam = {"betas": (cfg.beta1, cfg.beta2), "eps": ADAM_EPS, "fused": fused}
@@ -49,6 +51,8 @@ def configure_optimizer(model, cfg, device, dtype=torch.bfloat16):
          "beta2": cfg.muon_beta2, "cautious": cfg.cautious},
         {"params": list(table.values()), "weight_decay": cfg.embedding_weight_decay,
          "lr_scale": cfg.embedding_lr * by_width / cfg.learning_rate, **adam},
+        {"params": values, "weight_decay": 0.0,
+         "lr_scale": VALUES * cfg.embedding_lr * by_width / cfg.learning_rate, **adam},
         {"params": [head], "weight_decay": cfg.head_weight_decay,
          "lr_scale": cfg.head_lr * by_width / cfg.learning_rate, **adam},
         {"params": rest, "weight_decay": 0.0,

@@ -291,9 +291,13 @@ def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
     Compiled, the peak is at the loss, and passes that are fused with others have no results.
     """
     how = batch_size, dtype, compiled, cfg
-    if isinstance(model, GPTConfig):            # all blocks are alike, so two of them tell
-        one, two = (trace_passes(partial(GPT, replace(model, n_layer=n)), *how) for n in (1, 2))
-        found = {key: one[key] + (two[key] - one[key]) * (model.n_layer - 1) for key in two}
+    if isinstance(model, GPTConfig):            # all blocks are alike, or every other one
+        alike = 2 if model.n_value_table else 1
+        few = (model.n_layer - 1) % alike + 1
+        one, two = (trace_passes(partial(GPT, replace(model, n_layer=n)), *how)
+                    for n in (few, few + alike))
+        found = {key: one[key] + (two[key] - one[key]) * (model.n_layer - few) // alike
+                 for key in two}
         model = partial(GPT, model)
     else:
         found = trace_passes(model, *how)
@@ -384,6 +388,7 @@ def make(cfg, config, data, on, dtype, compiled, world_size=1, measured=None, tr
         model = GPT(config)
     parts = model.transformer
     groups = {"token embedding": [parts.wte], "positions": [parts.wpe] if "wpe" in parts else [],
+              "value embeddings": [parts.wve] if "wve" in parts else [],
               "head": [] if model.config.tie_word_embeddings else [model.lm_head],
               "attention": [b.attn for b in parts.h], "MLP": [b.mlp for b in parts.h]}
     groups = {name: sum(p.numel() for m in part for p in m.parameters())
@@ -465,7 +470,8 @@ def lines(plan, cfg, now=None):
     kinds = ", ".join(f"{name} {memory['by_kind'].get(name, 0) / GIB:.2f}" for name in
                       ("weights", "gradients", "optimizer", "activations", "loss"))
     groups = ", ".join(f"{_count(n[name])} {name}" for name in (
-        "token embedding", "positions", "head", "attention", "MLP", "norms") if n[name])
+        "token embedding", "positions", "value embeddings", "head", "attention", "MLP", "norms")
+        if n[name])
     error = f" (+- {_count(t['error'])})" if t["error"] else ""
     documents = f" in {t['documents']:,} documents" if t["documents"] else ""
     source = "" if t["prepared"] else f" (from {t['how']}; not prepared yet)"

@@ -125,8 +125,8 @@ def family(config):
     for kind, block in (("gpt2", BLOCKS["gpt2"]), ("qwen3", BLOCKS["modern"])):
         differ[kind] = [f"{key} = {getattr(config, key)!r}" for key, value in block.items()
                         if key not in free[kind] and getattr(config, key) != value]
-        if config.softcap:
-            differ[kind].append(f"softcap = {config.softcap:g}")
+        differ[kind] += [f"{key} = {getattr(config, key):g}" for key in ("softcap", "n_value_table")
+                         if getattr(config, key)]
     if config.mlp not in ("gelu", "gelu_tanh"):
         differ["gpt2"].append(f"mlp = {config.mlp!r}")
     if config.n_kv_head != config.n_head:

@@ -83,8 +83,8 @@ class TrainConfig(GPTConfig):
     cooldown: float = 0.4                   # of wsd: this share of max_iters, linear to min_lr
     min_lr: float = 6e-5                    # learning rate at the end, usually a tenth of the peak
     # of optimizer = 'muon' only
-    embedding_lr: float = 0.25              # of wte, at n_embd = 768: times sqrt(768 / n_embd)
-    head_lr: float = 0.003                  # of lm_head, and of a wte tied to it, likewise
+    embedding_lr: float = 0.25              # of wte (half of it for wve), times sqrt(768 / n_embd)
+    head_lr: float = 0.003                  # of lm_head and of a wte tied to it, likewise
     scalar_lr: float = 0.006                # of norms, biases and wpe
     embedding_weight_decay: float = 0.001   # of wte
     head_weight_decay: float = 0.01         # of lm_head
@@ -127,6 +127,10 @@ class TrainConfig(GPTConfig):
             if getattr(self, name) < 0 or name == "learning_rate" and not self.learning_rate:
                 raise ValueError(f"{name} = {getattr(self, name)} cannot be negative"
                                  f"{' or 0' * (name == 'learning_rate')}")
+        every_other = (self.n_layer + 1) // 2
+        if self.n_value_table > every_other:
+            raise ValueError(f"n_value_table = {self.n_value_table}, but of {self.n_layer} blocks "
+                             f"every other one uses a table. Nearest that works: {every_other}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown = {self.cooldown} is a share of max_iters, from 0 to 1")
         wsd = self.decay_lr and self.lr_schedule == "wsd"
@@ -160,7 +164,8 @@ def ignored(cfg):
     wsd, model, muon = cfg.lr_schedule == "wsd", GPTConfig(**model_args(cfg)).resolved(), \
         cfg.optimizer == "muon"
     idle = {"optimizer = 'adamw'": () if muon else MUON_ONLY,
-            "tie_word_embeddings = True": ("embedding_lr", "embedding_weight_decay")
+            "tie_word_embeddings = True": ("embedding_weight_decay",)
+            + ("embedding_lr",) * (not model.n_value_table)
             if muon and model.tie_word_embeddings else (),
             "decay_lr = False": ("lr_schedule", "cooldown") if not cfg.decay_lr else (),
             f"lr_schedule = {cfg.lr_schedule!r}": ("lr_decay_iters" if wsd else "cooldown",),

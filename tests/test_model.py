@@ -21,8 +21,10 @@ def small(seed=0, **changes):
 
 
 EVERY_KIND = [dict(), dict(block="modern"), dict(block="modern", n_kv_head=2, softcap=5.0),
-              dict(position="rotary", norm="rmsnorm_weightless", mlp="relu2", bias=False)]
-kinds = pytest.mark.parametrize("kind", EVERY_KIND, ids=["gpt2", "modern", "grouped", "mixed"])
+              dict(position="rotary", norm="rmsnorm_weightless", mlp="relu2", bias=False),
+              dict(block="modern", n_kv_head=2, n_value_table=2)]
+kinds = pytest.mark.parametrize("kind", EVERY_KIND,
+                                ids=["gpt2", "modern", "grouped", "mixed", "values"])
 
 
 def stirred(model):
@@ -170,6 +172,44 @@ def test_rotary_positions_know_distances_and_not_places():
     assert near == pytest.approx(far.item(), abs=1e-4) and abs(near - other) > 0.1
 
 
+@pytest.mark.parametrize("n_layer, n, uses", [(4, 2, [None, 0, None, 1]), (3, 2, [0, None, 1]),
+                                              (5, 2, [0, None, 1, None, 0]), (3, 0, [None] * 3)])
+def test_every_other_block_adds_rows_of_its_own_table_to_its_values(n_layer, n, uses):
+    model = stirred(small(block="modern", n_layer=n_layer, n_value_table=n, n_kv_head=2))
+    assert [block.attn.table for block in model.transformer.h] == uses
+    assert ("wve" in model.transformer) == (n > 0)
+    idx = torch.randint(320, (2, 32))
+    for block in model.transformer.h:
+        attn, x, seen = block.attn, torch.randn(2, 32, 64), []
+        plain = attn.c_attn(x)[..., -32:]                   # two heads of keys and values of 16
+        if attn.table is not None:
+            rows = model.transformer.wve.weight[:, attn.table * 32:][:, :32]
+            gates = 2 * torch.sigmoid(x[..., :12] @ attn.v_gate.weight.T)
+            plain = plain + rows[idx] * gates.repeat_interleave(16, -1)
+        values = model.transformer.wve(idx).chunk(n, 2) if n else ()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_file, "causal_attention",
+                          lambda q, k, v, dropout, seen=seen: seen.append(v) or v)
+            attn(x, model_file.rotary(model.config, torch.arange(32)), values=values)
+        heads = seen[0][:, ::2].transpose(1, 2).flatten(2)  # each stands for two queries' heads
+        assert torch.allclose(heads, plain, atol=1e-6)
+
+
+@kinds
+def test_under_autocast_attention_and_the_blocks_products_are_in_bf16(kind):
+    model, dtypes = small(**kind), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(part in str(function) for part in ("aten.mm", "aten.addmm", "attention")):
+                dtypes.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Watch():
+        model.hidden(torch.randint(320, (2, 32)))
+    assert len(dtypes) >= 3 * 5 and set(dtypes) == {torch.bfloat16}
+
+
 @kinds
 def test_a_token_sees_its_past_and_never_its_future(kind):
     model = stirred(small(**kind))
@@ -293,7 +333,7 @@ def test_attention_in_pieces_is_attention(monkeypatch, length):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(EVERY_KIND[0], marks=pytest.mark.slow),
-                                  EVERY_KIND[2]], ids=["gpt2", "modern"])
+                                  {**EVERY_KIND[2], "n_value_table": 1}], ids=["gpt2", "modern"])
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, kind):
     monkeypatch.setattr(model_file, "CHUNK", 24)
     monkeypatch.setattr(model_file, "PIECE", 20)

@@ -150,9 +150,10 @@ def test_adamw_alone_is_torchs_own():
 
 
 @pytest.mark.parametrize("block", ["gpt2", "modern"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_weight_is_in_one_group_with_its_own_rate_and_decay(block, tied):
-    optimizer, model, cfg = optimizer_of(block=block, tie_word_embeddings=tied, weight_decay=0.2)
+@pytest.mark.parametrize("tied, n_value_table", [(True, 0), (False, 0), (True, 1)])
+def test_every_weight_is_in_one_group_with_its_own_rate_and_decay(block, tied, n_value_table):
+    optimizer, model, cfg = optimizer_of(block=block, tie_word_embeddings=tied, weight_decay=0.2,
+                                         n_value_table=n_value_table)
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert len(group_of) == sum(len(g["params"]) for g in optimizer.param_groups)
     optim.set_rates(optimizer, 0.005, 0.9)              # half of the peak
@@ -162,6 +163,8 @@ def test_every_weight_is_in_one_group_with_its_own_rate_and_decay(block, tied):
             right = 0.005, 0.2, 0.9
         elif name == "transformer.wte.weight" and not tied:
             right = 0.25 * math.sqrt(12) / 2, 0.001, None
+        elif name == "transformer.wve.weight":
+            right = 0.125 * math.sqrt(12) / 2, 0.0, None
         elif name == "lm_head.weight" or name == "transformer.wte.weight":
             right = 0.003 * math.sqrt(12) / 2, 0.01, None
         else:
@@ -262,7 +265,9 @@ def test_momentum_warms_up_from_085():
     (dict(lr_schedule="wsd", max_iters=100, cooldown=0.9, warmup_iters=20),
      "starts at step 10 .*--warmup_iters=10"),
     (dict(learning_rate=0.0), "learning_rate = 0.0 cannot be negative or 0"),
-    (dict(patience=-1), "patience = -1 cannot be negative")])
+    (dict(patience=-1), "patience = -1 cannot be negative"),
+    (dict(n_layer=5, n_value_table=4), "of 5 blocks every other one uses a table. "
+     "Nearest that works: 3")])
 def test_settings_that_cannot_be_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**settings)

@@ -68,15 +68,16 @@ def test_the_missions_memory_leaves_most_of_12_gib():
 
 # parameters
 
-@pytest.mark.parametrize("block", ["gpt2", "modern"])
-def test_parameters_are_those_of_the_model_and_the_groups_add_up(block):
-    shape = replace(SMALL, block=block)
+@pytest.mark.parametrize("block, n_value_table", [("gpt2", 0), ("modern", 0), ("modern", 1)])
+def test_parameters_are_those_of_the_model_and_the_groups_add_up(block, n_value_table):
+    shape = replace(SMALL, block=block, n_value_table=n_value_table)
     planned = plan.make(small_cfg(block=block), shape, TEXT, CARD, torch.float32, False)
     n, model = planned["parameters"], GPT(shape)
     by_name = {"token embedding": "wte", "positions": "wpe", "head": "lm_head",
-               "attention": ".attn.", "MLP": ".mlp.", "norms": "ln_"}
+               "value embeddings": "wve", "attention": ".attn.", "MLP": ".mlp.", "norms": "ln_"}
     told = plan.lines(planned, small_cfg(block=block))[1]
     assert (" positions" in told) == (block == "gpt2") and (" head" in told) == (block == "modern")
+    assert (" value embeddings" in told) == (n_value_table > 0)
     for group, part in by_name.items():
         assert n[group] == sum(p.numel() for name, p in model.named_parameters() if part in name)
     assert n["total"] == sum(p.numel() for p in model.parameters()) == sum(n[g] for g in by_name)
@@ -198,9 +199,11 @@ def test_a_peak_is_the_most_that_was_alive_at_once_and_its_kinds_add_up_to_it():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("settings", [
     {}, {"dropout": 0.1, "bias": True, "softcap": 15.0},
-    {"block": "modern", "optimizer": "muon", "ema_half_life": 5, "n_kv_head": 1}])
-def test_what_two_blocks_tell_is_what_all_blocks_take(settings, compiled):
-    cfg = small_cfg(**settings, n_layer=4)
+    {"block": "modern", "optimizer": "muon", "ema_half_life": 5, "n_kv_head": 1},
+    {"block": "modern", "optimizer": "muon", "n_value_table": 2},
+    {"n_layer": 5, "n_value_table": 1}])
+def test_what_a_few_blocks_tell_is_what_all_blocks_take(settings, compiled):
+    cfg = small_cfg(**{"n_layer": 4, **settings})
     shape = GPTConfig(**model_args(cfg))
     traced = plan.trace(shape, 3, torch.bfloat16, compiled, cfg)
     whole = plan.trace_passes(lambda: GPT(shape), 3, torch.bfloat16, compiled, cfg)

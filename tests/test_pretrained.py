@@ -91,7 +91,8 @@ def test_a_folder_that_is_none_is_refused(work):
      "'rmsnorm_weightless'"),
     (dict(softcap=15.0), "its nearest, gpt2, lacks softcap = 15"),
     (dict(n_kv_head=2), "its nearest, gpt2, lacks n_kv_head = 2"),
-    (dict(mlp="relu2"), "its nearest, gpt2, lacks mlp = 'relu2'")])
+    (dict(mlp="relu2"), "its nearest, gpt2, lacks mlp = 'relu2'"),
+    (dict(block="modern", n_value_table=1), "its nearest, qwen3, lacks n_value_table = 1")])
 def test_a_model_that_no_class_computes_is_named(kind, words):
     with pytest.raises(ValueError, match=words):
         pretrained.to_transformers(small(**kind))

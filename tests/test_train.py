@@ -337,7 +337,7 @@ def test_muon_and_the_modern_block_learn(tiny):
 
 @pytest.mark.parametrize("stop_at", [5, 9])
 def test_a_resumed_run_with_muon_and_an_average_is_the_uninterrupted_run(tiny, stop_at):
-    settings = dict(**MUON, dropout=0.2, ema_half_life=2)
+    settings = dict(**MUON, n_value_table=1, dropout=0.2, ema_half_life=2)
     run(out_dir="out-whole", **settings)
     stop_after(stop_at, out_dir="out-cut", **settings)
     run(out_dir="out-cut", init_from="resume", **settings)
@@ -392,6 +392,8 @@ def test_settings_that_change_nothing_are_named(tiny, capsys):
     run(overwrite=True, tie_word_embeddings=True, **{**MUON, "lr_decay_iters": 7})
     told = capsys.readouterr().out
     assert "note       with tie_word_embeddings = True, embedding_lr changes nothing" in told
+    run(overwrite=True, tie_word_embeddings=True, n_value_table=1, **MUON)
+    assert "embedding_lr changes nothing" not in capsys.readouterr().out
     assert "note       with lr_schedule = 'wsd', lr_decay_iters changes nothing" in told
     run(overwrite=True, **{**MUON, "lr_decay_iters": TrainConfig.lr_decay_iters})
     assert "note  " not in capsys.readouterr().out
