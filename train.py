@@ -30,6 +30,7 @@ import optim
 import plan
 import plot
 import prepare
+import pretrained
 import runtime
 import sources
 import tokenizer
@@ -174,6 +175,14 @@ def ignored(cfg):
         changed = [name for name in names if getattr(cfg, name) != getattr(TrainConfig, name)]
         if changed:
             yield f"with {why}, {', '.join(changed)} change{'s' * (len(changed) == 1)} nothing"
+
+
+def not_exportable(config):
+    """A sentence where a model of `config` opens in this project only, and what keeps it there."""
+    try:
+        pretrained.family(config)
+    except ValueError as why:
+        yield f"{why}, so export.py will refuse it"
 
 
 # data
@@ -429,7 +438,7 @@ def main(cfg):
             f"torch {torch.__version__}")
         for line in plan.lines(planned, cfg):
             say(line)
-        for sentence in ignored(cfg):
+        for sentence in (*ignored(cfg), *not_exportable(model.config)):
             say(f"note       {sentence}")
         refused = plan.refusals(planned, cfg)
         if refused and not (cfg.force or cfg.dry_run or cfg.eval_only):

@@ -392,11 +392,17 @@ def test_settings_that_change_nothing_are_named(tiny, capsys):
     run(overwrite=True, tie_word_embeddings=True, **{**MUON, "lr_decay_iters": 7})
     told = capsys.readouterr().out
     assert "note       with tie_word_embeddings = True, embedding_lr changes nothing" in told
+    assert "note       with lr_schedule = 'wsd', lr_decay_iters changes nothing" in told
     run(overwrite=True, tie_word_embeddings=True, n_value_table=1, **MUON)
     assert "embedding_lr changes nothing" not in capsys.readouterr().out
-    assert "note       with lr_schedule = 'wsd', lr_decay_iters changes nothing" in told
     run(overwrite=True, **{**MUON, "lr_decay_iters": TrainConfig.lr_decay_iters})
     assert "note  " not in capsys.readouterr().out
+
+
+def test_a_model_that_export_refuses_is_named_before_the_first_step(tiny, capsys):
+    run(dry_run=True, block="modern", mlp="relu2", n_value_table=1)
+    assert "note       no class of transformers computes this model: its nearest, qwen3, lacks " \
+        "mlp = 'relu2', n_value_table = 1, so export.py will refuse it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["evening", "overnight", "week", "64m"])
