@@ -280,6 +280,20 @@ def trace_passes(make, batch_size, dtype, compiled, cfg):
         return {**at_peak, "evaluation": traced.peak}
 
 
+def trace_blocks(config, *how):
+    """What trace_passes finds of a GPT, from a few of its blocks where it has many.
+
+    They are alike, or every other one is, from where each value table has been read once.
+    """
+    alike, n_layer = 2 if config.n_value_table else 1, config.n_layer
+    few = (n_layer - 1) % alike + 1 + alike * max(config.n_value_table - 1, 0)
+    if few + alike >= n_layer:
+        return trace_passes(partial(GPT, config), *how)
+    one, two = (trace_passes(partial(GPT, replace(config, n_layer=n)), *how)
+                for n in (few, few + alike))
+    return {key: one[key] + (two[key] - one[key]) * (n_layer - few) // alike for key in two}
+
+
 def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
     """Peak bytes of training `model` with micro-batches of `batch_size` windows, on fake tensors.
 
@@ -291,14 +305,8 @@ def trace(model, batch_size, dtype=torch.bfloat16, compiled=False, cfg=None):
     Compiled, the peak is at the loss, and passes that are fused with others have no results.
     """
     how = batch_size, dtype, compiled, cfg
-    if isinstance(model, GPTConfig):            # all blocks are alike, or every other one
-        alike = 2 if model.n_value_table else 1
-        few = (model.n_layer - 1) % alike + 1
-        one, two = (trace_passes(partial(GPT, replace(model, n_layer=n)), *how)
-                    for n in (few, few + alike))
-        found = {key: one[key] + (two[key] - one[key]) * (model.n_layer - few) // alike
-                 for key in two}
-        model = partial(GPT, model)
+    if isinstance(model, GPTConfig):
+        found, model = trace_blocks(model, *how), partial(GPT, model)
     else:
         found = trace_passes(model, *how)
     evaluation = found.pop("evaluation")

@@ -4,7 +4,7 @@
 out_dir = 'out-quickstart'
 dataset = 'sample'                      # Python's own documentation, 0.6 M tokens, made on the spot
 eval_interval = 40                      # often, to see the loss fall
-eval_iters = 20                         # 20 x 8 windows = 20,480 tokens of val
+eval_iters = 10                         # 10 x 8 windows = 10,240 tokens of val
 log_interval = 2                        # steps from line to line
 
 batch_size = 8                          # 8 x 128 = 1,024 tokens a step: many small steps
