@@ -155,35 +155,43 @@ class Muon(torch.optim.Optimizer):
               maximize=False)
 
     def muon(self, group):
-        momentum, lr = group["momentum"], group["lr"]
-        together = {}                       # matrices of one shape, wide ones, go together
-        for p, rows in zip(group["params"], group["rows"], strict=True):
-            if p.grad is None:
-                continue
+        lr, momentum = group["lr"], group["momentum"]
+        moved = [(p, rows) for p, rows in zip(group["params"], group["rows"], strict=True)
+                 if p.grad is not None]
+        for p, _ in moved:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            update = p.grad.lerp(average, momentum).to(self.dtype)            # Nesterov's
-            for at, (w, u) in enumerate(zip(p.split(rows), update.split(rows), strict=True)):
-                tall = u.size(0) > u.size(1)
-                together.setdefault(tuple(sorted(u.shape)), []).append(
-                    (p, w, at, tall, u.mT if tall else u))
-        for pieces in together.values():
-            updates = orthogonalize(torch.stack([u for *_, u in pieces]), self.iteration)
-            for (p, w, at, tall, _), u in zip(pieces, updates, strict=True):
-                u = (u.mT if tall else u).to(w.dtype)
-                if group["beta2"]:
-                    u = self.normalized(u, self.state[p], at, group["beta2"])
-                decay = lr * group["weight_decay"]
-                w.mul_(1 - decay * (u * w > 0) if group["cautious"] else 1 - decay)
-                w.add_(u, alpha=-lr * math.sqrt(max(1, w.size(0) / w.size(1))))
+        grads = [p.grad for p, _ in moved]
+        averages = [self.state[p]["momentum_buffer"] for p, _ in moved]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        torch._foreach_lerp_(grads, averages, momentum)     # Nesterov's, in the gradients' place
+        together = {}                                       # matrices of one shape go together
+        for p, rows in moved:
+            for at, (w, u) in enumerate(zip(p.split(rows), p.grad.split(rows), strict=True)):
+                together.setdefault(w.shape, []).append((w, u, self.state[p], at))
+        for (m, n), pieces in together.items():
+            weights, updates, *places = zip(*pieces, strict=True)
+            W, tall = torch.stack(weights), m > n                             # (N, m, n)
+            U = torch.empty_like(W, dtype=self.dtype)
+            torch._foreach_copy_(U.unbind(), updates)
+            U = orthogonalize(U.mT if tall else U, self.iteration)
+            U = (U.mT if tall else U).to(W.dtype, memory_format=torch.contiguous_format)
+            if group["beta2"]:
+                U = self.normalized(U, *places, group["beta2"])
+            decay = lr * group["weight_decay"]
+            W.mul_(1 - decay * (U * W > 0) if group["cautious"] else 1 - decay)
+            W.add_(U, alpha=-lr * math.sqrt(max(1, m / n)))
+            torch._foreach_copy_(weights, W.unbind())
 
-    def normalized(self, u, state, at, beta2):
-        """`u` with its outputs of equal size on average, and of the same size as before in all."""
-        mean = u.square().mean(1 if u.size(0) >= u.size(1) else 0, keepdim=True)
-        v = state.setdefault(f"second_moment_{at}", torch.zeros_like(mean)).lerp_(mean, 1 - beta2)
-        scaled = u * v.clamp(min=1e-10).rsqrt()
-        return scaled * (u.norm() / scaled.norm().clamp(min=1e-10))
+    def normalized(self, U, states, ats, beta2):
+        """`U` (N, m, n) with the outputs of each matrix of equal size, and itself as before."""
+        mean = U.square().mean(2 if U.size(1) >= U.size(2) else 1, keepdim=True)
+        moments = [state.setdefault(f"second_moment_{at}", torch.zeros_like(mean[0]))
+                   for state, at in zip(states, ats, strict=True)]
+        torch._foreach_lerp_(moments, mean.unbind(), 1 - beta2)
+        scaled = U * torch.stack(moments).clamp(min=1e-10).rsqrt()
+        size, now = (X.norm(dim=(1, 2), keepdim=True) for X in (U, scaled))
+        return scaled * (size / now.clamp(min=1e-10))
 
 
 class Average:

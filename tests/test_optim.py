@@ -91,7 +91,7 @@ def test_matrices_that_lie_one_below_the_other_move_as_if_apart():
     joined = Muon([muon_group([both], rows=[[64, 32]], **group)], lr=0.03)
     for seed in range(4):
         both.grad = torch.randn(96, 64, generator=torch.Generator().manual_seed(seed))
-        q.grad, k.grad = both.grad.split([64, 32])
+        q.grad, k.grad = both.grad.clone().split([64, 32])
         apart.step()
         joined.step()
     assert torch.allclose(both[:64], q, atol=1e-4) and torch.allclose(both[64:], k, atol=1e-4)
