@@ -285,4 +285,9 @@ def of_dataset(folder):
     if not meta.is_file():
         return GPT2Tokenizer()
     with open(meta, "rb") as f:
-        return CharTokenizer(_PlainUnpickler(f).load())
+        characters = _PlainUnpickler(f).load()
+    if not {"stoi", "itos"} <= set(characters):
+        raise ValueError(f"{meta} has no characters (stoi, itos), so it does not say how text "
+                         "becomes these tokens. Without that file they are taken for GPT-2's, and "
+                         "--vocab_size says how many there are")
+    return CharTokenizer(characters)

@@ -193,6 +193,12 @@ def test_nanogpts_character_vocabulary_is_found_and_read(work):
     assert isinstance(t, CharTokenizer) and isinstance(of_dataset(work / "other"), GPT2Tokenizer)
 
 
+def test_a_meta_pkl_without_characters_is_refused_in_a_sentence(work):
+    (work / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4096}))
+    with pytest.raises(ValueError, match="no characters .*Without that file .*--vocab_size"):
+        of_dataset(work)
+
+
 def test_a_pickle_that_would_run_code_is_refused(work):
     class Evil:
         def __reduce__(self):
