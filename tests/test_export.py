@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pickle
@@ -38,6 +39,16 @@ greedy = model.generate(end, attention_mask=torch.ones_like(end), max_new_tokens
 print(json.dumps({"class": type(model).__name__, "losses": losses, "greedy": greedy[0].tolist()}))
 """
 KINDS = [dict(bias=False), dict(bias=True), dict(block="modern", bias=False)]
+
+FEW_WORDS = ["a", "b", "ab"], [("a", "b")]      # where a test is not about the vocabulary
+
+VOCABULARY = functools.cache(export.vocabulary_and_merges)
+
+
+@pytest.fixture(autouse=True)
+def spelled_once(monkeypatch):
+    """Work out once what takes a second: the spelling of all tokens, and their merges."""
+    monkeypatch.setattr(export, "vocabulary_and_merges", VOCABULARY)
 
 
 def text_of(data, k):
@@ -83,9 +94,11 @@ def test_eval_of_the_folder_is_eval_of_the_run(tiny, capsys):
     """And a folder trains and samples as a run does."""
     a_run(tiny / "out", block="modern")
     export.main(export.ExportConfig(to="hf"))
-    one, other = evaluated(capsys), evaluated(capsys, "--dataset=tiny", "--init_from=hf")
+    few = "--max_documents=8"
+    one, other = (evaluated(capsys, few, *more)
+                  for more in ((), ("--dataset=tiny", "--init_from=hf")))
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-5) and other["model"] == "hf"
-    paired = evaluated(capsys, "--compare", "out", "hf")["b_minus_a"]
+    paired = evaluated(capsys, few, "--compare", "out", "hf")["b_minus_a"]
     assert abs(paired["loss"]) < 1e-5
     script("sample.py", "--init_from=hf", "--max_new_tokens=3", *CPU, cwd=tiny)
     done = script("train.py", "--init_from=hf", "--dataset=tiny", "--out_dir=out-more",
@@ -117,9 +130,8 @@ def test_a_tokenizer_or_a_model_that_differs_is_not_written(tiny, monkeypatch):
     cfg = export.ExportConfig(to="hf")
 
     def without_a_merge(block_size):
-        vocabulary_and_merges = export.vocabulary_and_merges
-        monkeypatch.setattr(export, "vocabulary_and_merges", lambda: (
-            vocabulary_and_merges()[0], vocabulary_and_merges()[1][20:]))
+        tokens, merges = VOCABULARY()
+        monkeypatch.setattr(export, "vocabulary_and_merges", lambda: (tokens, merges[20:]))
         return make_tokenizer(block_size)
 
     def other_weights(model):
@@ -134,6 +146,7 @@ def test_a_tokenizer_or_a_model_that_differs_is_not_written(tiny, monkeypatch):
         m.undo()
     with monkeypatch.context() as m:
         m.setattr(pretrained, "to_transformers", other_weights)
+        m.setattr(export, "vocabulary_and_merges", lambda: FEW_WORDS)
         for format in ("hf", "gguf"):
             with pytest.raises(ValueError, match="gives other logits.*nothing is written"):
                 export.main(export.ExportConfig(to="hf", format=format))
@@ -172,9 +185,10 @@ def test_the_card_says_what_the_run_was_and_what_it_scored(tiny, capsys):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, dict(block="modern", n_kv_head=1, rope_theta=500.0)])
-def test_a_gguf_file_holds_the_model_and_the_vocabulary(tiny, capsys, kind):
+def test_a_gguf_file_holds_the_model(tiny, capsys, monkeypatch, kind):
     gguf = pytest.importorskip("gguf")
-    model = a_run(tiny / "out", n_embd=64, **kind)
+    monkeypatch.setattr(export, "vocabulary_and_merges", lambda: FEW_WORDS)
+    model = a_run(tiny / "out", n_embd=64, vocab_size=320, **kind)
     export.main(export.ExportConfig(to="my-gpt", format="gguf"))
     said = capsys.readouterr().out
     assert "every bit as in the model" in said
@@ -189,12 +203,6 @@ def test_a_gguf_file_holds_the_model_and_the_vocabulary(tiny, capsys, kind):
     assert told[f"{kind}.attention.head_count_kv"] == model.config.n_kv_head
     if kind == "qwen3":
         assert told["qwen3.rope.freq_base"] == model.config.rope_theta
-    tokens, spell = told["tokenizer.ggml.tokens"], export.letters()
-    assert len(tokens) == 50304 and tokens[50256] == "<|endoftext|>"
-    decode = GPT2Tokenizer().decode_bytes
-    assert all(tokens[i] == "".join(spell[b] for b in decode([i])) for i in range(0, 50256, 97))
-    assert len(told["tokenizer.ggml.merges"]) == 50000
-    assert told["tokenizer.ggml.bos_token_id"] == told["tokenizer.ggml.eos_token_id"] == 50256
     stored = {t.name: np.asarray(t.data) for t in reader.tensors}
     block, C = model.transformer.h[1], 64
     if kind == "qwen3":
@@ -206,6 +214,20 @@ def test_a_gguf_file_holds_the_model_and_the_vocabulary(tiny, capsys, kind):
         assert np.array_equal(stored["blk.1.attn_qkv.weight"],
                               block.attn.c_attn.weight.detach().numpy())
         assert stored["blk.1.attn_qkv.bias"].shape == (3 * C,) and "output.weight" not in stored
+
+
+def test_a_gguf_file_holds_the_vocabulary(tiny):
+    gguf = pytest.importorskip("gguf")
+    a_run(tiny / "out")
+    export.main(export.ExportConfig(to="my-gpt", format="gguf"))
+    told = {key: field.contents()
+            for key, field in gguf.GGUFReader(tiny / "my-gpt/model.gguf").fields.items()}
+    tokens, spell = told["tokenizer.ggml.tokens"], export.letters()
+    assert len(tokens) == 50304 and tokens[50256] == "<|endoftext|>"
+    decode = GPT2Tokenizer().decode_bytes
+    assert all(tokens[i] == "".join(spell[b] for b in decode([i])) for i in range(0, 50256, 97))
+    assert len(told["tokenizer.ggml.merges"]) == 50000
+    assert told["tokenizer.ggml.bos_token_id"] == told["tokenizer.ggml.eos_token_id"] == 50256
 
 
 @pytest.mark.slow
