@@ -10,6 +10,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as model_file
@@ -242,6 +243,7 @@ def saved_bytes(loss, model):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@inductor.patch("cpp.simdlen", 1)           # plain C++ compiles in two thirds of the time
 def test_activations_are_what_a_real_model_keeps(monkeypatch, compiled):
     monkeypatch.setattr(model_file, "causal_attention", lambda q, k, v, dropout:
                         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
