@@ -7,9 +7,11 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -656,29 +658,35 @@ def test_killed_at_20_random_moments(tiny):
 
 # several processes, other beginnings, other tools
 
+def two_processes(work, *args):
+    """Run train.py as torchrun starts it; torchrun itself runs in test_readme.py."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda rank: script(
+            "train.py", *args, cwd=work, check=False,
+            env={**world, "RANK": rank, "LOCAL_RANK": rank}), ("0", "1")))
+
+
 @pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
 def test_two_processes_give_the_losses_of_one(tiny, settings):
     run(out_dir="out-one", eval_iters=5, **settings)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(PROJECT / "train.py"), *arguments(out_dir="out-two", eval_iters=5, **settings)],
-        cwd=tiny, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    told = two_processes(tiny, *arguments(out_dir="out-two", eval_iters=5, **settings))
+    assert [done.returncode for done in told] == [0, 0], told
     one, two = log("out-one"), log("out-two")
     assert one.keys() == two.keys() and all(two[k] == pytest.approx(one[k], abs=1e-4) for k in one)
-    assert done.stdout.count("step 0: val loss") == 1
+    assert sum(done.stdout.count("step 0: val loss") for done in told) == 1
     a, b = weights("out-one"), weights("out-two")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     assert len(checkpoint.load("out-two/ckpt.pt")["rng"]) == 2
 
 
 def test_an_accumulation_that_the_processes_cannot_share_is_named(tiny):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(PROJECT / "train.py"), *arguments(gradient_accumulation_steps=3)],
-        cwd=tiny, text=True, capture_output=True)
-    assert ("gradient_accumulation_steps = 3 is not a multiple of the 2 processes. "
-            "Nearest that works: 2") in done.stderr
+    for done in two_processes(tiny, *arguments(gradient_accumulation_steps=3)):
+        assert ("gradient_accumulation_steps = 3 is not a multiple of the 2 processes. "
+                "Nearest that works: 2") in done.stderr
 
 
 def test_it_prepares_the_one_file_that_it_can_mean(work):
