@@ -15,7 +15,7 @@ COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)`
 
 # what makes a run small enough for a test, whatever the config says
 SMALL = ("--max_iters=2 --lr_decay_iters=4 --warmup_iters=1 --batch_size=1 "
-         "--gradient_accumulation_steps=2 --block_size=32 --n_layer=2 --n_head=2 --n_embd=64 "
+         "--gradient_accumulation_steps=2 --block_size=32 --n_layer=1 --n_head=2 --n_embd=32 "
          "--eval_iters=2 --device=cpu --dtype=float32 --compile=False").split()
 
 
