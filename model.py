@@ -386,6 +386,9 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             ln_f=make_norm(config, config.n_embd),
         ))
+        if not learned:     # once: compiled code would make an angle again for each number it turns
+            turn = torch.stack(rotary(config, torch.arange(config.block_size)))
+            self.register_buffer("turn", turn, persistent=False)              # (2, T, D / 2)
         if config.embed_norm:
             self.transformer["ln_e"] = make_norm(config, config.n_embd, weightless=True)
         if config.n_value_table:            # side by side, so that a token's are read at once
@@ -431,14 +434,13 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert past + T <= self.config.block_size, \
             f"{past} + {T} tokens in a context of {self.config.block_size}"
-        pos = torch.arange(past, past + T, device=idx.device)
         x, turn = self.transformer.wte(idx), None                             # (B, T, C)
         if self.config.embed_norm:
             x = self.transformer.ln_e(x)
         if self.config.position == "rotary":
-            turn = rotary(self.config, pos)
+            turn = self.turn[:, past:past + T].unbind()
         else:
-            x = x + self.transformer.wpe(pos)
+            x = x + self.transformer.wpe(torch.arange(past, past + T, device=idx.device))
         x, n = self.transformer.drop(x), self.config.n_value_table
         values = self.transformer.wve(idx).chunk(n, 2) if n else ()           # n x (B, T, K D)
         for block in self.transformer.h:

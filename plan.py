@@ -186,7 +186,7 @@ def compiled_hidden(model):
     from torch._functorch.aot_autograd import aot_function
     from torch._inductor.decomposition import select_decomp_table
 
-    names = [name for name, _ in model.named_parameters()]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
 
     class Hidden(torch.nn.Module):
         def __init__(self):
@@ -198,14 +198,14 @@ def compiled_hidden(model):
 
     hidden = Hidden()
 
-    def pure(idx, *parameters):
+    def pure(idx, *values):
         return torch.func.functional_call(
-            hidden, {f"model.{n}": p for n, p in zip(names, parameters, strict=True)}, (idx,))
+            hidden, {f"model.{n}": t for n, t in zip(tensors, values, strict=True)}, (idx,))
 
     traced = aot_function(pure, fw_compiler=lambda graph, _: make_boxed_func(graph),
                           partition_fn=min_cut_rematerialization_partition,
                           decompositions=select_decomp_table())
-    return lambda idx: traced(idx, *model.parameters())
+    return lambda idx: traced(idx, *tensors.values())
 
 
 @contextlib.contextmanager

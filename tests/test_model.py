@@ -173,6 +173,21 @@ def test_rotary_positions_know_distances_and_not_places():
     assert near == pytest.approx(far.item(), abs=1e-4) and abs(near - other) > 0.1
 
 
+def test_the_angles_of_rotary_positions_are_made_once_and_not_in_a_step():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            seen.add(f.overloadpacket.__name__)
+            return f(*args, **(kwargs or {}))
+
+    seen, model = set(), small(block="modern")
+    with Seen():
+        model(torch.zeros(2, 32, dtype=torch.long), torch.zeros(2, 32, dtype=torch.long)).backward()
+    assert "mul" in seen and not seen & {"cos", "sin"}
+    assert not any("turn" in name for name in model.state_dict())       # as transformers has it
+    cos, sin = model_file.rotary(model.config, torch.arange(32))
+    assert torch.equal(model.turn[0], cos) and torch.equal(model.turn[1], sin)
+
+
 @pytest.mark.parametrize("n_layer, n, uses", [(4, 2, [None, 0, None, 1]), (3, 2, [0, None, 1]),
                                               (5, 2, [0, None, 1, None, 0]), (3, 0, [None] * 3)])
 def test_every_other_block_adds_rows_of_its_own_table_to_its_values(n_layer, n, uses):
