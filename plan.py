@@ -481,7 +481,7 @@ def lines(plan, cfg, now=None):
         "token embedding", "positions", "value embeddings", "head", "attention", "MLP", "norms")
         if n[name])
     error = f" (+- {_count(t['error'])})" if t["error"] else ""
-    documents = f" in {t['documents']:,} documents" if t["documents"] else ""
+    documents = f" in {t['documents']:,} documents" if t["documents"] > 1 else ""
     source = "" if t["prepared"] else f" (from {t['how']}; not prepared yet)"
     told = [
         f"model      {_count(n['total'])} parameters, {_count(n['without_embeddings'])} without "

@@ -83,7 +83,9 @@ def start(device="auto", backend="auto"):
         raise ValueError(f"backend = 'nccl' needs CUDA, and the device is {device.type}; "
                          "use --backend=gloo")
     dist.init_process_group(backend)
-    return World(device, rank, size, control=dist.new_group(backend="gloo"))
+    world = World(device, rank, size, control=dist.new_group(backend="gloo"))
+    world.wait()        # or an error of rank 0 takes its store away from those that still join
+    return world
 
 
 def pick_device(name="auto"):

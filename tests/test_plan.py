@@ -97,6 +97,12 @@ def test_tokens_epochs_and_steps_are_those_of_a_count_by_hand():
     assert t["repeated"] == 0 and t["worth"] == t["run"]
 
 
+@pytest.mark.parametrize("n, words", [(10, " in 10 documents to train"), (1, "tokens to train")])
+def test_documents_are_counted_where_there_are_several(n, words):
+    told = plan.make(small_cfg(), SMALL, {**TEXT, "documents": n}, CARD, torch.float32, False)
+    assert words in "\n".join(plan.lines(told, small_cfg()))
+
+
 @pytest.mark.parametrize("epochs", [0.5, 1, 1.7, 4, 16, 175])
 def test_repeated_tokens_are_worth_what_the_law_says(epochs):
     """Each repetition is worth e^(-r / R*) of a new token: a sum over thin slices of the run."""

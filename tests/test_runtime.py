@@ -1,3 +1,6 @@
+import os
+import socket
+import time
 from unittest import mock
 
 import pytest
@@ -117,6 +120,36 @@ def test_one_process_is_a_world():
     world = runtime.World(CPU)
     assert world.is_main and world.any(True) and not world.any(False) and world.gather(5) == [5]
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def join(rank, folder):
+    """Start as process `rank` of two, the second one late, and note when it had started."""
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="localhost", MASTER_PORT=(folder / "port").read_text())
+    new_group = torch.distributed.new_group
+
+    def late_group(backend):
+        group = new_group(backend=backend)
+        time.sleep(rank)
+        (folder / f"{rank} has its groups").write_text(str(time.time()))
+        return group
+
+    with mock.patch("torch.distributed.new_group", late_group):
+        world = runtime.start("cpu")
+    (folder / f"{rank} started").write_text(str(time.time()))
+    world.wait()
+    world.close()
+
+
+def test_no_process_starts_before_all_have_joined(tmp_path):
+    """One that stops with an error would take the store away from those that still need it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(join, (tmp_path,), nprocs=2)
+    first, last = (float((tmp_path / name).read_text())
+                   for name in ("0 started", "1 has its groups"))
+    assert first >= last
 
 
 def products_that_take(seconds, monkeypatch):
