@@ -233,6 +233,7 @@ def main(cfg):
     model, name, settings = checkpoint.open_model(
         checkpoint.run_folder(cfg.out_dir) if cfg.init_from == "resume" else cfg.init_from)
     model.to(device).eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for every length anew: 40 ms a token
     vocabulary = tokenizer.of_dataset(Path("data") / settings.get("dataset", ""))
     n_vocab = min(vocabulary.n_vocab, model.config.vocab_size)
     print(f"{name}, {runtime.device_name(device)}, {str(dtype).removeprefix('torch.')}")

@@ -250,6 +250,14 @@ def test_interactive_goes_on_after_ctrl_c_and_ends_with_the_input(runs):
     assert process.returncode == 0 and b"Traceback" not in errors + rest, errors
 
 
+def test_a_growing_cache_needs_no_plan_of_cudnn_for_each_length(runs, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
+    monkeypatch.setattr("sample.generate", lambda *a: iter([allowed.append("writing")][:0]))
+    sample.main(SampleConfig(num_samples=1, device="cpu"))
+    assert allowed == [False, "writing"]
+
+
 def test_memory_that_runs_out_is_one_sentence(runs, monkeypatch):
     monkeypatch.setattr("sample.KVCache", lambda *a: (_ for _ in ()).throw(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.30 GiB")))
