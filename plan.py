@@ -514,7 +514,7 @@ def lines(plan, cfg, now=None):
     if largest and largest != cfg.batch_size:
         told.append(f"           largest that fits: --batch_size={largest} "
                     f"--gradient_accumulation_steps={memory['its_accumulation']}")
-    work = f"{s['flops_per_step'] / 1e12:,.1f} TFLOP a step (attention counted causally)"
+    work = f"{s['flops_per_step'] / 1e12:,.4g} TFLOP a step (attention counted causally)"
     if s["tokens_per_s"]:
         peak = f"{plan['machine']['flops'] / 1e12:,.3g} TFLOP/s" + (
             "" if plan["machine"]["rated"] else " that a product of matrices reaches here")

@@ -345,6 +345,8 @@ def test_time_is_flops_over_half_of_the_peak_or_what_was_measured():
     measured = plan.make(cfg, SMALL, TEXT, CARD, torch.float32, False, measured=1000.0)
     assert measured["time"]["step"] == 4 * 6 * 64 / 1000
     told = "\n".join(plan.lines(measured, cfg, now=datetime(2026, 1, 1)))
+    assert float(re.search(r"([\d.]+) TFLOP a step", told)[1]) == pytest.approx(
+        s["flops_per_step"] / 1e12, rel=1e-3)
     assert "as measured in this run" in told and "to Thursday 2026-01-01 00:02" in told
 
 
