@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,12 @@ def forked(command, cwd, env):
         process.join()
         out, err = (Path(told, name).read_text(encoding="utf-8") for name in ("1", "2"))
     return subprocess.CompletedProcess(command, process.exitcode, out, err)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def as_main(command, cwd, env, told):

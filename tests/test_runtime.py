@@ -1,5 +1,4 @@
 import os
-import socket
 import time
 from unittest import mock
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 
 import runtime
+from conftest import free_port
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -122,10 +122,10 @@ def test_one_process_is_a_world():
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
 
 
-def join(rank, folder):
+def join(rank, folder, port):
     """Start as process `rank` of two, the second one late, and note when it had started."""
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="localhost", MASTER_PORT=(folder / "port").read_text())
+                      MASTER_ADDR="localhost", MASTER_PORT=port)
     new_group = torch.distributed.new_group
 
     def late_group(backend):
@@ -143,10 +143,7 @@ def join(rank, folder):
 
 def test_no_process_starts_before_all_have_joined(tmp_path):
     """One that stops with an error would take the store away from those that still need it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(join, (tmp_path,), nprocs=2)
+    torch.multiprocessing.spawn(join, (tmp_path, free_port()), nprocs=2)
     first, last = (float((tmp_path / name).read_text())
                    for name in ("0 started", "1 has its groups"))
     assert first >= last

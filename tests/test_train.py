@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ import plan
 import runtime
 import train
 from configurator import configure
-from conftest import PROJECT, documents, script, write_nanogpt, write_parquet
+from conftest import PROJECT, documents, free_port, script, write_nanogpt, write_parquet
 from loader import Dataset
 from model import GPT, GPTConfig, model_args
 from train import TrainConfig
@@ -660,10 +659,7 @@ def test_killed_at_20_random_moments(tiny):
 
 def two_processes(work, *args):
     """Run train.py as torchrun starts it; torchrun itself runs in test_readme.py."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda rank: script(
             "train.py", *args, cwd=work, check=False,
