@@ -35,6 +35,8 @@ def configure(cls, argv, doc=""):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     parser = _parser(cls, fields, doc)
     given, unknown = parser.parse_known_intermixed_args([_spell_out(arg, fields) for arg in argv])
+    # argparse takes an unknown setting whose value has a space for a file
+    unknown += [p for p in given.positional if p.startswith("-")]
     if unknown:
         raise ValueError(f"{unknown[0]}: {_nearest(unknown[0].lstrip('-').split('=')[0], fields)}")
 

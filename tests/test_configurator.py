@@ -80,6 +80,8 @@ def test_the_result_cannot_be_changed():
 @pytest.mark.parametrize("argument, words", [
     ("--batch_sise=3", "no setting is called batch_sise; did you mean batch_size?"),
     ("--batch-size=3", "no setting is called batch-size; did you mean batch_size?"),
+    ("--divice=RTX 4070",
+     "--divice=RTX 4070: no setting is called divice; did you mean device?"),
     ("--batch_size=big", "--batch_size=big: batch_size is a number (int)"),
     ("--batch_size=1.5", "batch_size is of type int, not float"),
     ("--compile=maybe", "compile is True or False"),
