@@ -589,6 +589,10 @@ def main(cfg):
     import sources
     import train
 
+    if len(cfg.files) + bool(cfg.n_tokens) > 1:
+        also = " and --n_tokens" if cfg.n_tokens else ""
+        raise ValueError(f"{', '.join(cfg.files)}{also}: each says how much text there is; give "
+                         "one of them, or prepare the files together first")
     device = runtime.pick_device("cpu" if cfg.device_name else cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device) if not cfg.device_name or cfg.dtype != "auto" \
         else torch.bfloat16

@@ -170,6 +170,14 @@ def test_the_plan_before_preparing_is_the_plan_after(tiny):
     assert before["tokens"]["val_tokens"] == pytest.approx(after["tokens"]["val_tokens"], rel=0.15)
 
 
+@pytest.mark.parametrize("given, told", [
+    (["a.parquet", "b.parquet"], "a.parquet, b.parquet: each says how much text there is"),
+    (["a.parquet", "--n_tokens=9"], "a.parquet and --n_tokens: each says how much text there is")])
+def test_no_word_on_how_much_text_there_is_is_ignored(work, given, told):
+    done = script("plan.py", MISSION, *given, cwd=work, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(f"plan.py: {told}; give one of them")
+
+
 def test_without_any_data_it_says_how_to_plan_all_the_same(work):
     done = script("plan.py", MISSION, cwd=work, check=False)
     assert done.returncode == 1 and "--n_tokens=700_000_000" in done.stderr
