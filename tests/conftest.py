@@ -1,18 +1,19 @@
 """What the tests share: a folder to work in, documents, parquet files, small datasets, scripts."""
-import multiprocessing
+import gc
 import os
 import random
-import runpy
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from onecard.settings import configure
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -38,8 +39,8 @@ def documents(n, seed=0, longest=120):
 def write_parquet(path, texts, column="text", **options):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     kind = options.pop("type", pa.string())
-    pq.write_table(pa.table({column: pa.array(texts, type=kind), "id": list(range(len(texts)))}),
-                   path, **{"row_group_size": 100, **options})
+    table = pa.table({column: pa.array(texts, type=kind), "id": list(range(len(texts)))})
+    pq.write_table(table, path, **{"row_group_size": 100, **options})
     return Path(path)
 
 
@@ -51,35 +52,20 @@ def write_nanogpt(folder, train, val=None):
     return folder
 
 
-def script(name, *args, cwd, check=True, env=None, **options):
-    """Run a script of the project in `cwd` as a user does; returns the finished process.
-
-    Where it can, in a fork of a process that has loaded torch already, which takes longer than most
-    of what is tested; not with `options` of subprocess.run, nor prepare.py, which does not load it.
-    """
-    command = [str(PROJECT / name), *map(str, args)]
-    env = {**os.environ, **(env or {})}
-    if options or name == "prepare.py" \
-            or "forkserver" not in multiprocessing.get_all_start_methods():
-        done = subprocess.run([sys.executable, *command], cwd=cwd, text=True, capture_output=True,
-                              env=env, **options)
-    else:
-        done = forked(command, cwd, env)
+def script(name, *args, cwd=None, check=True, env=None):
+    """Run a script of the project in `cwd` as a user does; returns the finished process."""
+    command = [sys.executable, str(PROJECT / name), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, text=True, capture_output=True,
+                          env={**os.environ, **(env or {})})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def forked(command, cwd, env):
-    """What subprocess.run gives for a script of Python, from the fork server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "pyarrow.parquet", "tiktoken", "tqdm",
-                                    "matplotlib.figure"])
-    with tempfile.TemporaryDirectory() as told:
-        process = context.Process(target=as_main, args=(command, str(cwd), env, told))
-        process.start()
-        process.join()
-        out, err = (Path(told, name).read_text(encoding="utf-8") for name in ("1", "2"))
-    return subprocess.CompletedProcess(command, process.exitcode, out, err)
+def run(module, *args):
+    """Run the main() of a script in this process: the same, without seconds of imports."""
+    cls = next(value for name, value in vars(module).items()
+               if name.endswith("Config") and value.__module__ == module.__name__)
+    return module.main(configure(cls, [str(argument) for argument in args]))
 
 
 def free_port():
@@ -88,15 +74,15 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def as_main(command, cwd, env, told):
-    """Become the script `command`; what it prints goes into the files 1 and 2 in `told`."""
-    for descriptor in (1, 2):
-        os.dup2(os.open(Path(told, str(descriptor)), os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    sys.argv, sys.path[0] = command, str(PROJECT)
-    runpy.run_path(command[0], run_name="__main__")
+@pytest.fixture
+def restored():
+    """Afterwards, signals and garbage collection are as they were before a run of train.py."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    gc.enable()
+    gc.unfreeze()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

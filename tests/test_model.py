@@ -1,406 +1,114 @@
+"""The network: the one of transformers, causal, counted, compiled, cached, and read again."""
 import math
 
 import pytest
 import torch
-from torch._inductor import config as inductor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_file
-from configurator import configure
 from conftest import PROJECT
-from model import GPT, GPTConfig, KVCache, model_args
-from train import TrainConfig
+from model import GPT, NANOGPT_ARGS, GPTConfig, open_model
+from onecard import checkpoint
+from onecard.generate import KVCache
+from onecard.pretrained import to_transformers
+from onecard.settings import UserError, read_config_file
 
-SMALL = dict(block_size=32, vocab_size=320, n_layer=3, n_head=4, n_embd=64)
+MODERN = read_config_file(PROJECT / "config" / "modern.py")
+MIXED = dict(position="rotary", norm="rmsnorm", mlp="gelu_tanh", bias=False)
+every_kind = pytest.mark.parametrize("kind", [dict(), MODERN, MIXED],
+                                     ids=["gpt2", "modern", "mixed"])
 
 
 def small(seed=0, **changes):
+    sizes = dict(block_size=32, vocab_size=320, n_layer=3, n_head=4, n_embd=64)
     torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**SMALL, **changes})).eval()
+    return GPT(GPTConfig(**sizes | changes)).eval()
 
 
-EVERY_KIND = [dict(), dict(block="modern"), dict(block="modern", n_kv_head=2, softcap=5.0),
-              dict(position="rotary", norm="rmsnorm_weightless", mlp="relu2", bias=False),
-              dict(block="modern", n_kv_head=2, n_value_table=2)]
-kinds = pytest.mark.parametrize("kind", EVERY_KIND,
-                                ids=["gpt2", "modern", "grouped", "mixed", "values"])
-
-
-def stirred(model):
-    """`model` with noise on every weight, so that zeros, ones and biases matter too."""
+def noisy(**changes):
+    """A small model with noise on every weight, so that zeros, ones and biases matter, too."""
+    model = small(**changes)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return model
 
 
-def hf_twin(model):
-    """transformers' GPT-2 with the weights of `model`."""
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size,
-        n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.mlp],
-        attn_implementation="eager")).eval()
-    ours, theirs = model.state_dict(), twin.state_dict()
-    for key, w in theirs.items():
-        if key in ours:
-            conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            w.copy_(ours[key].T if conv1d else ours[key])
-        else:
-            assert key.endswith("bias"), key
-            w.zero_()
-    return twin
-
-
-@pytest.mark.parametrize("kind", [dict(), dict(bias=False), dict(mlp="gelu_tanh")])
-def test_logits_and_loss_are_those_of_transformers(kind):
-    model = stirred(small(**kind))
-    twin = hf_twin(model)
-    idx = torch.randint(320, (2, 32))
-    assert torch.allclose(model(idx), twin(idx).logits, atol=2e-5)
-    assert torch.allclose(model(idx[:, :-1], idx[:, 1:]), twin(idx, labels=idx).loss, atol=1e-5)
-
-
-def qwen3_twin(model):
-    """transformers' Qwen3ForCausalLM with the weights of `model`, whose block is modern."""
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    twin = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.n_embd // c.n_head,
-        num_key_value_heads=c.n_kv_head, intermediate_size=c.n_inner, hidden_act="silu",
-        rms_norm_eps=1e-6, tie_word_embeddings=c.tie_word_embeddings, attention_bias=False,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        attn_implementation="eager")).eval()
-    table = model.transformer.wte.weight.detach()
-    if c.embed_norm:                        # the same function of a token, once and for all
-        table = F.rms_norm(table, (c.n_embd,), eps=1e-6)
-    weights = {"model.embed_tokens.weight": table, "lm_head.weight": model.lm_head.weight,
-               "model.norm.weight": model.transformer.ln_f.weight}
-    for i, block in enumerate(model.transformer.h):
-        q, k, v = block.attn.c_attn.weight.split(block.attn.sizes)
-        gate, up = block.mlp.c_fc.weight.chunk(2)
-        weights.update({f"model.layers.{i}.{name}.weight": w for name, w in {
-            "input_layernorm": block.ln_1.weight, "post_attention_layernorm": block.ln_2.weight,
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attn.c_proj.weight,
-            "self_attn.q_norm": block.attn.q_norm.weight,
-            "self_attn.k_norm": block.attn.k_norm.weight, "mlp.gate_proj": gate,
-            "mlp.up_proj": up, "mlp.down_proj": block.mlp.c_proj.weight}.items()})
-    twin.load_state_dict(weights)
-    return twin
+def parts_of(model):
+    """What a checkpoint of `model` holds."""
+    return {"model": model.state_dict(), "model_args": model.config.model_args(), "iter_num": 7}
 
 
 @pytest.mark.parametrize("kind", [
-    dict(), dict(n_kv_head=2), dict(n_inner=96, rope_theta=500.0),
-    dict(tie_word_embeddings=True, embed_norm=False)])
-def test_the_modern_block_is_that_of_transformers_qwen3(kind):
-    model = stirred(small(block="modern", **kind))
-    twin = qwen3_twin(model)
+    dict(), dict(bias=False), dict(mlp="gelu_tanh", n_inner=96), MODERN,
+    MODERN | dict(n_inner=96, rope_theta=500.0),
+    MODERN | dict(tie_word_embeddings=True, embed_norm=False)])
+def test_logits_and_loss_are_those_of_transformers(kind):
+    pytest.importorskip("transformers")
+    model = noisy(**kind)
+    twin = to_transformers(model.config, model.state_dict())
     idx = torch.randint(320, (2, 32))
-    ours, theirs = model(idx), twin(idx).logits
-    assert ours.std() > 0.3 and torch.allclose(ours, theirs, atol=2e-5)
+    logits = model(idx)
+    assert logits.std() > 0.3 and torch.allclose(logits, twin(idx).logits, atol=2e-5)
     assert torch.allclose(model(idx[:, :-1], idx[:, 1:]), twin(idx, labels=idx).loss, atol=1e-5)
 
 
-def test_each_setting_of_a_block_can_be_set_alone():
-    norms = {"layernorm": torch.nn.LayerNorm, "rmsnorm": torch.nn.RMSNorm}
-    for block, other in (("gpt2", "modern"), ("modern", "gpt2")):
-        for name, value in model_file.BLOCKS[other].items():
-            model = small(block=block, **{name: value})
-            assert {n: getattr(model.config, n) for n in model_file.BLOCKS[block]} \
-                == {**model_file.BLOCKS[block], name: value}
-            c, attn = model.config, model.transformer.h[0].attn
-            assert (model.lm_head.weight is model.transformer.wte.weight) == c.tie_word_embeddings
-            assert ("wpe" in model.transformer) == (c.position == "learned")
-            assert isinstance(model.transformer.ln_f, norms[c.norm])
-            assert hasattr(attn, "q_norm") == c.qk_norm
-            assert (attn.c_attn.bias is not None) == c.bias
-            assert model.transformer.h[0].mlp.c_fc.weight.size(0) \
-                == (2 * 192 if c.mlp == "swiglu" else 256)
-            assert ("ln_e" in model.transformer) == c.embed_norm
-            assert bool((attn.c_proj.weight == 0).all()) == c.zero_init
-            args = model_args(c)                    # a checkpoint's, from which it is made again
-            assert GPT(GPTConfig(**args)).config == c
-
-
-def test_a_gpt2s_arguments_are_those_that_nanogpt_knows():
-    assert list(model_args(TrainConfig())) == ["block_size", "vocab_size", "n_layer", "n_head",
-                                               "n_embd", "dropout", "bias"]
-    assert model_args(TrainConfig(block="modern"))["block"] == "modern"
-
-
-@pytest.mark.parametrize("settings, words", [
-    (dict(block="modem"), "block = 'modem'; use gpt2 or modern"),
-    (dict(norm="rms"), "norm = 'rms'; use layernorm or rmsnorm or rmsnorm_weightless"),
-    (dict(n_head=6, n_embd=96, n_kv_head=4),
-     "n_head = 6 is not a multiple of n_kv_head = 4. Nearest that works: 2"),
-    (dict(block="modern", n_embd=60),
-     "n_embd / n_head = 15 is odd. Nearest that works: n_embd = 64"),
-    (dict(softcap=-1.0), "softcap = -1.0 cannot be negative"),
-    (dict(rope_theta=0.0), "rope_theta = 0.0 must be above 0")])
-def test_a_shape_that_cannot_be_is_named(settings, words):
-    with pytest.raises(ValueError, match=words):
-        small(**settings)
-
-
-def test_the_modern_block_starts_knowing_nothing_at_all():
-    model = small(block="modern", vocab_size=50304, n_embd=256)
-    idx = torch.randint(50257, (4, 32))
-    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(math.log(50304), abs=1e-5)
-    for name, p in model.named_parameters():
-        if name.endswith("c_proj.weight") or name == "lm_head.weight":
-            assert (p == 0).all(), name
-        elif p.dim() == 2:
-            std = 1.0 if "wte" in name else 0.55 / 16
-            assert p.std().item() == pytest.approx(std, rel=0.05), name
-        else:
-            assert (p == (1.2 if "q_norm" in name or "k_norm" in name else 1.0)).all(), name
-
-
-def test_rotary_positions_know_distances_and_not_places():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 16)
-    config = GPTConfig(n_embd=64, n_head=4)
-    at = [model_file.rotary(config, torch.tensor([place])) for place in (3, 10, 103, 110)]
-    near, far = ((model_file.rotate(q, *at[i]) * model_file.rotate(k, *at[i + 1])).sum()
-                 for i in (0, 2))
-    other = (model_file.rotate(q, *at[0]) * model_file.rotate(k, *at[2])).sum()
-    assert near == pytest.approx(far.item(), abs=1e-4) and abs(near - other) > 0.1
-
-
-def test_the_angles_of_rotary_positions_are_made_once_and_not_in_a_step():
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            seen.add(f.overloadpacket.__name__)
-            return f(*args, **(kwargs or {}))
-
-    seen, model = set(), small(block="modern")
-    with Seen():
-        model(torch.zeros(2, 32, dtype=torch.long), torch.zeros(2, 32, dtype=torch.long)).backward()
-    assert "mul" in seen and not seen & {"cos", "sin"}
-    assert not any("turn" in name for name in model.state_dict())       # as transformers has it
-    cos, sin = model_file.rotary(model.config, torch.arange(32))
-    assert torch.equal(model.turn[0], cos) and torch.equal(model.turn[1], sin)
-
-
-@pytest.mark.parametrize("n_layer, n, uses", [(4, 2, [None, 0, None, 1]), (3, 2, [0, None, 1]),
-                                              (5, 2, [0, None, 1, None, 0]), (3, 0, [None] * 3)])
-def test_every_other_block_adds_rows_of_its_own_table_to_its_values(n_layer, n, uses):
-    model = stirred(small(block="modern", n_layer=n_layer, n_value_table=n, n_kv_head=2))
-    assert [block.attn.table for block in model.transformer.h] == uses
-    assert ("wve" in model.transformer) == (n > 0)
-    idx = torch.randint(320, (2, 32))
-    for block in model.transformer.h:
-        attn, x, seen = block.attn, torch.randn(2, 32, 64), []
-        plain = attn.c_attn(x)[..., -32:]                   # two heads of keys and values of 16
-        if attn.table is not None:
-            rows = model.transformer.wve.weight[:, attn.table * 32:][:, :32]
-            gates = 2 * torch.sigmoid(x[..., :12] @ attn.v_gate.weight.T)
-            plain = plain + rows[idx] * gates.repeat_interleave(16, -1)
-        values = model.transformer.wve(idx).chunk(n, 2) if n else ()
-        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model_file, "causal_attention",
-                          lambda q, k, v, dropout, seen=seen: seen.append(v) or v)
-            attn(x, model_file.rotary(model.config, torch.arange(32)), values=values)
-        heads = seen[0][:, ::2].transpose(1, 2).flatten(2)  # each stands for two queries' heads
-        assert torch.allclose(heads, plain, atol=1e-6)
-
-
-@kinds
-def test_under_autocast_attention_and_the_blocks_products_are_in_bf16(kind):
-    model, dtypes = small(**kind), []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if any(part in str(function) for part in ("aten.mm", "aten.addmm", "attention")):
-                dtypes.append(args[0].dtype)
-            return function(*args, **(kwargs or {}))
-
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Watch():
-        model.hidden(torch.randint(320, (2, 32)))
-    assert len(dtypes) >= 3 * 5 and set(dtypes) == {torch.bfloat16}
-
-
-@kinds
+@every_kind
 def test_a_token_sees_its_past_and_never_its_future(kind):
-    model = stirred(small(**kind))
+    model = noisy(**kind)
     idx = torch.randint(320, (1, 32))
     changed = idx.clone()
-    changed[0, 20:] = 7
-    a, b = model(idx), model(changed)
-    assert (torch.allclose(a[:, :20], b[:, :20], atol=1e-6)
-            and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-3))
+    changed[0, 20] = (idx[0, 20] + 1) % 320
+    difference = (model(idx) - model(changed)).abs().amax(2)[0]              # (T,)
+    assert difference[:20].max() < 1e-6 and difference[20:].min() > 1e-4
 
 
-def test_targets_of_minus_one_do_not_count():
-    model = small()
-    idx, targets = torch.randint(320, (2, 16)), torch.randint(320, (2, 16))
-    masked = targets.clone()
-    masked[1] = -1
-    assert torch.allclose(model(idx, masked), model(idx[:1], targets[:1]), atol=1e-6)
-
-
-@kinds
+@every_kind
 def test_the_loss_is_the_mean_over_tokens_in_fp32(kind):
-    model = stirred(small(**kind))
-    idx, targets = torch.randint(320, (3, 16)), torch.randint(320, (3, 16))
-    by_hand = -F.log_softmax(model(idx).double(), -1).gather(2, targets[..., None]).mean()
+    model = noisy(**kind)
+    idx, targets = torch.randint(320, (2, 3, 16))
+    by_hand = F.cross_entropy(model(idx).double().flatten(0, 1), targets.flatten())
     assert model(idx, targets).item() == pytest.approx(by_hand.item(), rel=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(idx, targets).dtype == torch.float32
+        loss = model(idx, targets)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(by_hand.item(), rel=0.01)
 
 
-def both_losses(dtype, softcap=0.0, n=45, vocabulary=320, width=64):
-    """(loss, gradient of x, of the weights) in chunks, and by F.cross_entropy in the wide dtype."""
-    torch.manual_seed(1)
-    wide = torch.promote_types(dtype, torch.float32)
-    x = torch.randn(n, width, dtype=wide)
-    w = torch.randn(vocabulary, width, dtype=wide) / 4
-    targets = torch.randint(vocabulary, (n,))
-    targets[[0, 7, 30]] = -1
-    results = []
-    for loss in (lambda x, w: model_file.LinearCrossEntropy.apply(
-                     x, w, targets, dtype, True, model_file.loss_of_chunk, softcap),
-                 lambda x, w: F.cross_entropy(
-                     softcap * torch.tanh(x @ w.T / softcap) if softcap else x @ w.T, targets,
-                     ignore_index=-1)):
-        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        value = loss(x, w)
-        (3 * value).backward()
-        results.append((value.detach(), x.grad, w.grad))
-    return results
+@pytest.mark.parametrize("name", MODERN)
+def test_each_modern_setting_works_alone(name):
+    model = small(**{name: MODERN[name]})
+    idx = torch.randint(320, (2, 32))
+    model(idx, idx).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    plain = small()
+    same_weights = model.state_dict().keys() == plain.state_dict().keys()
+    assert not (same_weights and torch.equal(model(idx), plain(idx)))
 
 
-@pytest.mark.parametrize("compiling", [False, True])      # each has its own lines for the gradient
-@pytest.mark.parametrize("chunk, softcap", [(1, 0.0), (16, 0.0), (45, 0.0), (1024, 0.0), (16, 2.0)])
-def test_the_loss_in_chunks_and_its_gradients_are_the_plain_ones(monkeypatch, chunk, softcap,
-                                                                 compiling):
-    monkeypatch.setattr(model_file, "CHUNK", chunk)
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
-    for ours, plain in zip(*both_losses(torch.float64, softcap), strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
+# part of a weight's name, mean, standard deviation; the first line that fits counts
+GPT2_INIT = [("bias", 0, 0), ("ln_", 1, 0),
+             ("c_proj", 0, 0.02 / math.sqrt(2 * 8)),    # 8 layers add 16 outputs up
+             ("", 0, 0.02)]
+MODERN_INIT = [("ln_", 1, 0), ("q_norm", 1.2, 0), ("k_norm", 1.2, 0), ("wte", 0, 1),
+               ("c_proj", 0, 0), ("lm_head", 0, 0),     # every block starts as the identity
+               ("", 0, 0.55 / math.sqrt(256))]
 
 
-@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_the_loss_in_chunks_is_right_to_the_rounding_of_its_dtype(monkeypatch, dtype, rounding):
-    monkeypatch.setattr(model_file, "CHUNK", 16)
-    (loss, *grads), (plain, *plain_grads) = both_losses(dtype)
-    assert loss.dtype == torch.float32 and abs(loss - plain) < rounding * plain
-    for ours, right in zip(grads, plain_grads, strict=True):
-        assert ours.dtype == torch.float32 and (ours - right).norm() < 2 * rounding * right.norm()
+@pytest.mark.parametrize("kind, table", [(dict(), GPT2_INIT), (MODERN, MODERN_INIT)])
+def test_initial_weights_are_those_of_the_papers(kind, table):
+    for name, p in small(n_embd=256, n_layer=8, **kind).named_parameters():
+        mean, std = next((mean, std) for part, mean, std in table if part in name)
+        assert p.mean().item() == pytest.approx(mean, abs=0.05 * std + 1e-6), name
+        assert p.std().item() == pytest.approx(std, abs=0.05 * std + 1e-6), name
 
 
-def test_without_gradients_the_loss_is_the_same(monkeypatch):
-    monkeypatch.setattr(model_file, "CHUNK", 16)
-    model = small()
-    idx, targets = torch.randint(320, (3, 16)), torch.randint(320, (3, 16))
-    with torch.no_grad():
-        without = model(idx, targets)
-    assert torch.equal(without, model(idx, targets).detach())
-
-
-def test_the_logits_of_a_loss_never_exist_all_at_once(monkeypatch):
-    monkeypatch.setattr(model_file, "CHUNK", 16)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    model = small(n_layer=1)
-    idx = torch.randint(320, (8, 32))
-    with Watch():
-        model(idx, idx).backward()
-    assert largest < 8 * 32 * 320
-
-
-def test_a_second_backward_through_a_loss_is_an_error_and_not_a_wrong_gradient():
-    model = small(n_layer=1)
-    idx = torch.randint(320, (2, 16))
-    loss = model(idx, idx)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("length", [1, 5, 16, 100])
-def test_attention_in_pieces_is_attention(monkeypatch, length):
-    monkeypatch.setattr(model_file, "PIECE", 16)
-    torch.manual_seed(0)
-    q, k, v, grad = torch.randn(4, 2, 3, length, 16)
-    results = []
-    for attention in (model_file.CausalAttentionOnCPU.apply,
-                      lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)):
-        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        y = attention(*inputs)
-        y.backward(grad)
-        results.append([y, *(t.grad for t in inputs)])
-    for ours, right in zip(*results, strict=True):
-        assert torch.allclose(ours, right, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [pytest.param(EVERY_KIND[0], marks=pytest.mark.slow),
-                                  {**EVERY_KIND[2], "n_value_table": 1}], ids=["gpt2", "modern"])
-@inductor.patch("cpp.simdlen", 1)           # plain C++ compiles in two thirds of the time
-def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, kind):
-    monkeypatch.setattr(model_file, "CHUNK", 24)
-    monkeypatch.setattr(model_file, "PIECE", 20)
-    model = stirred(small(n_layer=1, **kind))
-    model.train()
-    idx, targets = torch.randint(320, (3, 32)), torch.randint(320, (3, 32))
-    model(idx, targets).backward()
-    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
-    loss = model(idx, targets).item()
-    model.zero_grad()
-    model.compile(dynamic=False)
-    compiled = model(idx, targets)
-    compiled.backward()
-    assert compiled.item() == pytest.approx(loss, rel=1e-5)
-    assert set(dict(model.named_parameters())) == set(plain)
-    for name, p in model.named_parameters():
-        assert torch.allclose(p.grad, plain[name], atol=1e-5), name
-
-
-@kinds
-@pytest.mark.parametrize("pieces", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
-def test_keys_and_values_from_the_cache_change_nothing(pieces, kind):
-    model = stirred(small(**kind))
-    idx = torch.randint(320, (2, sum(pieces)))
-    cache, at, parts = KVCache(model.config, 2, idx.device, torch.float32, 32), 0, []
-    with torch.no_grad():
-        whole = model.hidden(idx)
-        for n in pieces:
-            parts.append(model.hidden(idx[:, at:at + n], cache))
-            at += n
-    assert cache.length == idx.size(1) and torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
-
-
-def test_initial_weights_are_gpt2s():
-    model = small(n_embd=256, n_layer=8, bias=True)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert (p == 0).all()
-        elif p.dim() == 1:
-            assert (p == 1).all()
-        else:
-            std = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05), name
-    assert model.lm_head.weight is model.transformer.wte.weight
-
-
-def test_a_new_model_knows_nothing():
-    model = small(vocab_size=50304)
+@pytest.mark.parametrize("kind, tolerance", [(dict(), 0.1), (MODERN, 1e-5)])
+def test_a_new_model_expects_every_token_equally(kind, tolerance):
+    model = small(vocab_size=50304, **kind)
     idx = torch.randint(50257, (4, 32))
-    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(math.log(50304), abs=0.1)
+    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(math.log(50304), abs=tolerance)
 
 
 def test_dropout_acts_in_training_only():
@@ -411,42 +119,142 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(idx), model(idx))
 
 
-@pytest.mark.parametrize("shape, total, without", [
-    ("mission", 64.0e6, 37.8e6), (dict(n_head=12, n_embd=768), 124.3e6, 84.9e6)])
-def test_parameters_are_counted_as_they_are(shape, total, without):
-    if shape == "mission":
-        shape = model_args(configure(
-            TrainConfig, [str(PROJECT / "config" / "train_fineweb_4070_one_shard.py")]))
+class Products(TorchDispatchMode):
+    """Notes the dtype of each product of matrices, attention among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm") or "attention" in name:
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [dict(), MODERN, dict(qk_norm=True)])
+def test_under_autocast_all_products_are_in_bf16(kind):
+    model = small(**kind)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Products() as products:
+        model.hidden(torch.randint(320, (2, 32)))
+    assert products.dtypes == 3 * 5 * [torch.bfloat16]      # 3 blocks, 4 matrices and attention
+
+
+@pytest.mark.parametrize("n_head, n_embd, millions", [(8, 512, 64.0), (12, 768, 124.3)])
+def test_parameters_are_counted(n_head, n_embd, millions):
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{**shape, "bias": False}))
-    n, c = model.n_params(), model.config
-    blocks = c.n_layer * (12 * c.n_embd ** 2 + 2 * c.n_embd) + c.n_embd
-    assert n["without_embeddings"] == blocks == pytest.approx(without, rel=0.002)
-    assert (n["total"] == blocks + (c.vocab_size + c.block_size) * c.n_embd
-            == pytest.approx(total, rel=0.002))
+        counted = GPT(GPTConfig(n_head=n_head, n_embd=n_embd, bias=False)).count_parameters()
+    # 12 C^2 + 2 C in a block, C in the last norm
+    assert counted["blocks"] == 12 * (12 * n_embd**2 + 2 * n_embd) + n_embd
+    assert counted["total"] == counted["blocks"] + (50304 + 1024) * n_embd
+    assert counted["total"] / 1e6 == pytest.approx(millions, abs=0.1)
+    modern = small(**MODERN).count_parameters()
+    assert modern["total"] - modern["blocks"] == 2 * 320 * 64      # embedding and head
 
 
-@pytest.mark.parametrize("kind", [*EVERY_KIND, {**EVERY_KIND[4], "tie_word_embeddings": True}])
+@pytest.mark.parametrize("kind", [dict(), MODERN, MIXED, MODERN | dict(tie_word_embeddings=True)])
 def test_flops_per_token_are_those_that_torch_counts(kind):
-    model = small(**{**kind, "bias": False})
+    model = small(**kind | dict(bias=False))
     idx = torch.randint(320, (4, 32))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
-            torch.nn.attention.SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx).backward()
     c = model.config
-    counted = counter.get_total_flops() / idx.numel()
-    # torch counts attention over all T, ours over the T / 2 that a token can see on average
-    assert (model.flops_per_token() + 6 * c.n_layer * c.n_embd * c.block_size
-            == pytest.approx(counted, rel=1e-6))
+    # torch counts attention to all T tokens; ours to the T / 2 that a token sees on average
+    other_half = 6 * c.n_layer * c.n_embd * c.block_size
+    assert model.flops_per_token() + other_half == counter.get_total_flops() / idx.numel()
 
 
-@kinds
-def test_cropping_forgets_positions_only(kind):
-    model = stirred(small(**kind))
+@every_kind
+@pytest.mark.parametrize("lengths", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
+def test_reading_a_text_in_pieces_with_a_cache_changes_nothing(kind, lengths):
+    model = noisy(**kind)
+    idx = torch.randint(320, (2, 29))
+    cache = KVCache(model.config, 2, idx.device, torch.float32, 32)
+    with torch.no_grad():
+        pieces = [model.hidden(piece, cache) for piece in idx.split(lengths, 1)]
+        assert torch.allclose(torch.cat(pieces, 1), model.hidden(idx), atol=1e-5)
+    assert cache.length == 29
+
+
+@pytest.mark.parametrize("kind, backend", [
+    (dict(), "aot_eager_decomp_partition"),         # all of torch.compile but the C++
+    (MODERN, "aot_eager_decomp_partition"),
+    pytest.param(MODERN, "inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_plain_one(kind, backend):
+    model = noisy(n_layer=1, block_size=160, **kind)    # attention in two pieces
+    model.train()
+    idx, targets = torch.randint(320, (2, 3, 160))
+    loss = model(idx, targets)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.compile(dynamic=False, backend=backend)
+    compiled_loss = model(idx, targets)
+    compiled_loss.backward()
+    assert torch.allclose(compiled_loss, loss, rtol=1e-5)
+    assert dict(model.named_parameters()).keys() == gradients.keys()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=1e-5), name
+
+
+@every_kind
+def test_a_checkpoints_arguments_make_the_same_network(kind):
+    config = small(**kind).config
+    assert GPTConfig(**config.model_args()) == config
+
+
+def test_the_arguments_of_a_gpt2_are_the_seven_that_nanogpt_knows():
+    assert tuple(GPTConfig(bias=False, dropout=0.1).model_args()) == NANOGPT_ARGS
+
+
+@every_kind
+def test_a_shorter_context_forgets_only_the_later_positions(kind):
+    model = noisy(**kind)
+    shorter = GPT.from_checkpoint(parts_of(model), block_size=16).eval()
     idx = torch.randint(320, (1, 16))
-    before = model(idx)
-    model.crop_block_size(16)
-    assert torch.equal(model(idx), before) and model.config.block_size == 16
-    assert kind or model.transformer.wpe.weight.requires_grad
-    with pytest.raises(ValueError, match="has learned 16 positions"):
-        model.crop_block_size(64)
+    assert torch.equal(shorter(idx), model(idx)) and shorter.config.block_size == 16
+
+
+def test_a_checkpoint_of_nanogpts_compiled_model_is_read():
+    model = noisy(bias=False)
+    parts = parts_of(model)
+    parts["model"] = {f"_orig_mod.{name}": w for name, w in parts["model"].items()}
+    read = GPT.from_checkpoint(parts, dropout=0.2)
+    idx = torch.randint(320, (1, 16))
+    assert torch.equal(read.eval()(idx), model(idx)) and read.config.dropout == 0.2
+
+
+def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work):
+    model = noisy(**MODERN | dict(embed_norm=False))
+    (work / "out").mkdir()
+    checkpoint.save("out/ckpt.pt", {**parts_of(model), "config": {"dataset": "tiny"}})
+    to_transformers(model.config, model.state_dict()).save_pretrained("theirs")
+    labels, idx = [], torch.randint(320, (1, 16))
+    for name in ("out", "out/ckpt.pt", "theirs"):
+        opened, label, settings = open_model(name)
+        labels.append((label, settings))
+        assert torch.equal(opened.eval()(idx), model(idx))
+    run = ("out/ckpt.pt, step 7", {"dataset": "tiny"})
+    assert labels == [run, run, ("theirs", {})]
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(norm="rms"), "norm = 'rms'; use layernorm or rmsnorm"),
+    (dict(n_layer=0), "n_layer = 0 must be at least 1"),
+    (dict(n_head=7), "n_embd = 64 does not divide into n_head = 7 heads; use a multiple of 7"),
+    (dict(n_embd=60, position="rotary"), "rotary positions need an even n_embd / n_head, not 15"),
+    (dict(dropout=1.5), "dropout = 1.5 is a probability")])
+def test_a_network_that_cannot_be_is_named(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        small(**changes)
+
+
+@pytest.mark.parametrize("arguments, block_size, sentence", [
+    (dict(block="modern", softcap=5.0), 0, "another version: it has the settings block, softcap"),
+    (dict(), 64, "block_size = 64, but this model has learned 32 positions")])
+def test_a_checkpoint_that_does_not_fit_is_named(arguments, block_size, sentence):
+    parts = parts_of(small())
+    parts["model_args"] |= arguments
+    with pytest.raises(UserError, match=sentence):
+        GPT.from_checkpoint(parts, block_size=block_size)

@@ -1,98 +1,73 @@
+"""Weights from and to transformers: the same logits, the same bits, and what is refused."""
+import sys
+
 import pytest
 import torch
 
-import pretrained
-from test_model import hf_twin, qwen3_twin, small, stirred
+from model import GPT
+from onecard import pretrained
+from onecard.settings import UserError
+from test_model import MODERN, noisy
 
 transformers = pytest.importorskip("transformers")
-KINDS = [dict(), dict(bias=False), dict(mlp="gelu_tanh", tie_word_embeddings=False),
-         dict(n_inner=96), dict(block="modern"),
-         dict(block="modern", n_kv_head=2, rope_theta=500.0, n_inner=96),
-         dict(block="modern", tie_word_embeddings=True, embed_norm=False),
-         dict(block="modern", tie_word_embeddings=True)]
+IDX = torch.randint(320, (2, 32), generator=torch.Generator().manual_seed(0))
+SHAPE = dict(vocab_size=320, max_position_embeddings=32, hidden_size=64, num_hidden_layers=2,
+             num_attention_heads=4)
+QWEN3 = SHAPE | dict(num_key_value_heads=4, head_dim=16, intermediate_size=96)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_goes_there_computes_the_same(kind):
-    model = stirred(small(**kind))
-    idx = torch.randint(320, (2, 32))
-    ours, theirs = model(idx), pretrained.to_transformers(model)(idx).logits
-    assert ours.std() > 0.3 and torch.allclose(ours, theirs, atol=2e-5)
+@pytest.mark.parametrize("kind", [
+    dict(), dict(bias=False), dict(mlp="gelu_tanh", tie_word_embeddings=False), dict(n_inner=96),
+    MODERN, MODERN | dict(n_inner=96, rope_theta=500.0),
+    MODERN | dict(tie_word_embeddings=True, embed_norm=False),
+    MODERN | dict(tie_word_embeddings=True)])
+def test_a_model_that_goes_there_and_comes_back_has_the_same_bits(work, kind):
+    model = noisy(**kind)
+    there = pretrained.to_transformers(model.config, model.state_dict())
+    there.save_pretrained("one")
+    back = GPT.from_checkpoint(pretrained.read("one")).eval()
+    pretrained.to_transformers(back.config, back.state_dict()).save_pretrained("two")
+    for name in ("model.safetensors", "config.json"):
+        assert (work / "one" / name).read_bytes() == (work / "two" / name).read_bytes()
+    assert model(IDX).std() > 0.3
+    assert torch.allclose(model(IDX), there(IDX).logits, atol=2e-5)
+    assert torch.allclose(model(IDX), back(IDX), atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_and_there_changes_no_bit(work, kind):
-    model = stirred(small(**kind))
-    pretrained.to_transformers(model).save_pretrained("one")
-    again = pretrained.read("one")
-    pretrained.to_transformers(again).save_pretrained("two")
-    assert (work / "one/model.safetensors").read_bytes() \
-        == (work / "two/model.safetensors").read_bytes()
-    one, two = ((work / f / "config.json").read_text() for f in ("one", "two"))
-    assert one == two
-    idx = torch.randint(320, (2, 32))
-    assert torch.allclose(model(idx), again(idx), atol=2e-5)
-    if not model.config.embed_norm:         # which is folded into the embedding on the way
-        assert all(torch.equal(a, b) for a, b in zip(
-            model.state_dict().values(), again.state_dict().values(), strict=True))
-        assert {**vars(again.config), "block": 0, "zero_init": 0} \
-            == {**vars(model.config), "block": 0, "zero_init": 0}
+@pytest.mark.parametrize("config", [
+    transformers.GPT2Config(**SHAPE), transformers.Qwen3Config(**QWEN3)])
+def test_a_folder_that_others_wrote_in_half_precision_is_read_as_fp32(work, config):
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.bfloat16().save_pretrained("theirs")
+    theirs = type(theirs).from_pretrained("theirs").float().eval()
+    parts = pretrained.read("theirs")
+    assert all(w.dtype == torch.float32 for w in parts["model"].values())
+    ours = GPT.from_checkpoint(parts).eval()
+    assert ours(IDX).std() > 0.3 and torch.allclose(ours(IDX), theirs(IDX).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("twin, kind", [(hf_twin, dict(mlp="gelu_tanh")),
-                                        (qwen3_twin, dict(block="modern"))])
-def test_a_folder_that_others_wrote_is_read(work, twin, kind):
-    """The twins are written in the tests of the model, tensor by tensor."""
-    model = stirred(small(**kind))
-    twin(model).save_pretrained("hf")
-    idx = torch.randint(320, (2, 32))
-    assert torch.allclose(pretrained.read("hf", dropout=0.1).eval()(idx), model(idx), atol=2e-5)
-    assert pretrained.read("hf", dropout=0.1).config.dropout == 0.1
-
-
-def test_half_precision_weights_are_read_as_fp32(work):
-    model = stirred(small())
-    hf_twin(model).bfloat16().save_pretrained("hf")
-    again = pretrained.read("hf")
-    assert all(w.dtype is torch.float32 for w in again.state_dict().values())
-    assert torch.equal(again.transformer.wte.weight,
-                       model.transformer.wte.weight.bfloat16().float())
-
-
-@pytest.mark.parametrize("config, words", [
-    (lambda: transformers.LlamaConfig(hidden_size=32),
-     "of type llama; those of type gpt2 and qwen3 can be read"),
-    (lambda: transformers.GPT2Config(activation_function="relu"), "activation_function = 'relu', "
-     "which these blocks do not compute"),
-    (lambda: transformers.GPT2Config(scale_attn_by_inverse_layer_idx=True),
-     "scale_attn_by_inverse_layer_idx = True"),
-    (lambda: transformers.Qwen3Config(hidden_size=64, num_attention_heads=4, head_dim=32),
-     "head_dim = 32, which is not"),
-    (lambda: transformers.Qwen3Config(hidden_size=64, num_attention_heads=4, head_dim=16,
-                                      rope_parameters={"rope_type": "linear", "factor": 2.0,
-                                                       "rope_theta": 1e4}),
-     "rope_type = 'linear'")])
-def test_a_folder_that_these_blocks_do_not_compute_is_refused(work, config, words):
-    config().save_pretrained("other")
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("kind, changes, sentence", [
+    ("Llama", dict(), "of type llama; use one of type gpt2 or qwen3"),
+    ("GPT2", dict(activation_function="relu"), "has activation_function = 'relu'; our blocks"),
+    ("Qwen3", dict(num_key_value_heads=2), "num_key_value_heads = 2"),
+    ("Qwen3", dict(head_dim=32), "head_dim = 32"),
+    ("Qwen3", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)), "linear"),
+    (None, None, "other is not a checkpoint, and transformers finds no model there")])
+def test_a_folder_that_cannot_be_read_is_refused(work, monkeypatch, kind, changes, sentence):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (work / "other").mkdir()
+    if kind:
+        config = getattr(transformers, f"{kind}Config")(**QWEN3 | changes)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained("other")
+    with pytest.raises(UserError, match=sentence):
         pretrained.read("other")
 
 
-def test_a_folder_that_is_none_is_refused(work):
-    with pytest.raises(ValueError, match="finds no model there"):
-        pretrained.read(str(work / "nothing"))
-    transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained("no-weights")
-    with pytest.raises(ValueError, match="finds no model there"):
-        pretrained.read("no-weights")
-
-
-@pytest.mark.parametrize("kind, words", [
-    (dict(block="modern", norm="rmsnorm_weightless"), "its nearest, qwen3, lacks norm = "
-     "'rmsnorm_weightless'"),
-    (dict(softcap=15.0), "its nearest, gpt2, lacks softcap = 15"),
-    (dict(n_kv_head=2), "its nearest, gpt2, lacks n_kv_head = 2"),
-    (dict(mlp="relu2"), "its nearest, gpt2, lacks mlp = 'relu2'"),
-    (dict(block="modern", n_value_table=1), "its nearest, qwen3, lacks n_value_table = 1")])
-def test_a_model_that_no_class_computes_is_named(kind, words):
-    with pytest.raises(ValueError, match=words):
-        pretrained.to_transformers(small(**kind))
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="not a checkpoint; .* needs transformers.*pip install"):
+        pretrained.read("gpt2")

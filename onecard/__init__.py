@@ -1,0 +1,1 @@
+"""What the scripts share. Read train.py, model.py, prepare.py and sample.py first."""

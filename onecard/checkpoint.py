@@ -1,0 +1,110 @@
+"""What survives a crash? Checkpoints: each file is the old one or the new one, never half.
+
+ckpt.pt is the newest state of a run, best.pt the one with the lowest validation loss, stable.pt
+the one before the learning rate cools down. They hold nanoGPT's keys (model, optimizer, model_args,
+iter_num, best_val_loss, config), so that its sample.py reads them, and what an exact resume needs.
+"""
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from onecard import pretrained
+from onecard.files import written_beside
+from onecard.settings import UserError
+
+NEWEST, BEST, STABLE = "ckpt.pt", "best.pt", "stable.pt"
+
+
+def save(path, parts):
+    """Write the dict `parts` to `path`, atomically."""
+    path = Path(path)
+    try:
+        with written_beside(path) as beside:
+            torch.save(parts, beside)
+    except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
+        free_gib = shutil.disk_usage(path.parent).free / 2**30
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not write {path} ({free_gib:.1f} GiB free): {reason}. "
+                        "What was there before is unchanged") from error
+
+
+def copy(source, path):
+    """Make `path` the same file as `source`, atomically: by a hard link if possible."""
+    with written_beside(path) as beside:
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(source, beside)
+        except OSError:                         # this disk has no links
+            shutil.copyfile(source, beside)
+
+
+def load(path):
+    """The dict in a checkpoint file, its tensors on the CPU. Nothing in the file is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; a run saves its first checkpoint after some "
+                        "minutes")
+    try:
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                  # torch has a dozen types for a broken file
+        raise UserError(f"{path} is not a checkpoint that can be read "
+                        f"({type(error).__name__})") from error
+    keys = parts.keys() if isinstance(parts, dict) else ()
+    missing = [key for key in ("model", "model_args", "iter_num") if key not in keys]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project or of nanoGPT: "
+                        f"it has no {', '.join(missing)}")
+    return parts
+
+
+def read(name):
+    """(dict of a checkpoint, a label) of a run's folder, a checkpoint file, or a pretrained model.
+
+    A pretrained model is OpenAI's 'gpt2', 'gpt2-medium', ..., or a folder of transformers.
+    """
+    path = Path(name)
+    if path.suffix != ".pt":
+        path = in_folder(name)
+    if path is None:
+        return pretrained.read(str(name)), str(name)
+    parts = load(path)
+    return parts, f"{path}, step {parts['iter_num']:,}"
+
+
+def best_loss(folder):
+    """The validation loss of best.pt in `folder`; infinite if there is none."""
+    path = Path(folder) / BEST
+    if not path.is_file():
+        return float("inf")
+    return float(load(path).get("best_val_loss", "inf"))
+
+
+def in_folder(folder):
+    """The checkpoint that stands for a run: best.pt, else ckpt.pt, else None."""
+    for name in (BEST, NEWEST):
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    return None
+
+
+def run_folder(out_dir=""):
+    """The run in `out_dir`; "" is the newest under out*/. UserError where no checkpoint is."""
+    folder = out_dir or newest_run()
+    if not folder:
+        raise UserError("there is no run under out*/ with a checkpoint yet; "
+                        "`python train.py config/quickstart.py` makes one in a few minutes, "
+                        "--out_dir= names another folder")
+    if in_folder(folder) is None:
+        raise UserError(f"{folder} holds no {NEWEST} or {BEST}")
+    return Path(folder)
+
+
+def newest_run(where="."):
+    """The folder out* (or one inside it) in `where` that saved a checkpoint last, or None."""
+    files = [file for name in (BEST, NEWEST) for pattern in (f"out*/{name}", f"out*/*/{name}")
+             for file in Path(where).glob(pattern)]
+    if not files:
+        return None
+    return max(files, key=lambda file: file.stat().st_mtime).parent

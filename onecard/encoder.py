@@ -1,0 +1,164 @@
+"""How do a million documents become token ids? By gigatoken where it is installed, else tiktoken.
+
+Both make the same ids, and both work in threads. gigatoken is many times as fast.
+"""
+import functools
+import importlib.util
+import itertools
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from onecard.settings import UserError
+from onecard.tokenizer import END_OF_TEXT, N_VOCAB, VOCABULARY, GPT2Tokenizer, gpt2
+
+START = np.array([END_OF_TEXT], np.uint16)      # stands before every document
+RENEW_TOKENS = 32 << 20                 # of gigatoken, which then has kept half a gigabyte of words
+BATCH_BYTES = 4 << 20                   # of text; small batches cost more time
+MAX_THREADS = 3                         # of gigatoken: so many encode as fast as one thread reads
+
+
+@dataclass
+class Batch:
+    """The ids of some documents, one document after the other."""
+    ids: np.ndarray                     # uint16; 50256 stands before each document
+    lengths: np.ndarray                 # int64, tokens of each document with its 50256
+    hashes: np.ndarray                  # uint64, equal for documents with equal ids
+    text_bytes: np.ndarray              # int64, of each document in UTF-8
+
+
+def encode(columns, cfg):
+    """Yield the documents of `columns` (arrow's large_string) as Batches, in order.
+
+    One thread reads the next column, others encode, and the caller works on a batch meanwhile.
+    `cfg` has the settings encoder, num_proc and seed of prepare.py.
+    """
+    n_threads, tokenize = cfg.num_proc or os.cpu_count(), by_tiktoken
+    if choose(cfg.encoder) == "gigatoken":
+        n_threads, tokenize = min(n_threads, MAX_THREADS), Gigatoken()
+    pool, waiting = ThreadPoolExecutor(n_threads), deque()
+    try:
+        for column in read_ahead(joined(columns)):
+            waiting.append(pool.submit(make_batch, tokenize, column, cfg.seed))
+            if len(waiting) > 2 * n_threads:        # a limit, so that memory does not fill up
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def choose(name):
+    """The encoder that the setting "auto", "gigatoken" or "tiktoken" means."""
+    gpt2()                              # raises UserError if the vocabulary is damaged
+    is_installed = importlib.util.find_spec("gigatoken") is not None
+    if name == "gigatoken" and not is_installed:
+        raise UserError("--encoder=gigatoken needs `pip install gigatoken`; --encoder=tiktoken "
+                        "makes the same ids")
+    if name == "auto":
+        return "gigatoken" if is_installed else "tiktoken"
+    return name
+
+
+def joined(columns):
+    """Yield the same documents in columns of about BATCH_BYTES."""
+    waiting = []
+    for column in columns:
+        waiting.append(column)
+        if sum(part.nbytes for part in waiting) >= BATCH_BYTES:
+            yield pa.concat_arrays(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_arrays(waiting)
+
+
+def read_ahead(items):
+    """Yield `items`. A thread makes the next one while the caller works on this one."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
+
+
+def make_batch(tokenize, column, seed):
+    """The Batch of a column of texts."""
+    documents = tokenize(column)
+    pieces = []
+    for document in documents:
+        pieces += [START, document]
+    ids = np.concatenate(pieces)
+    lengths = np.array([len(document) + 1 for document in documents])
+    hashes = hash_documents(ids, lengths, seed)
+    return Batch(ids, lengths, hashes, pc.binary_length(column).to_numpy())
+
+
+def hash_documents(ids, lengths, seed):
+    """A uint64 for each document, equal for equal documents and for practically no others.
+
+    Each token has a random number. A document's hash is the sum of its running sums of these, so
+    that the order of the tokens counts.
+    """
+    starts = np.cumsum(lengths) - lengths
+    running = random_numbers(seed).take(ids).cumsum()
+    before = running[starts] * lengths.astype(np.uint64)        # the share of earlier documents
+    return np.add.reduceat(running, starts) - before
+
+
+@functools.cache
+def random_numbers(seed):
+    return np.random.default_rng(seed).integers(2**64, size=N_VOCAB, dtype=np.uint64)
+
+
+def by_tiktoken(column):
+    """The ids of each document, a list of uint16 arrays."""
+    return [GPT2Tokenizer().encode(text) for text in column.to_pylist()]
+
+
+class Gigatoken:
+    """The same by the library gigatoken, but for disputed documents, which tiktoken encodes."""
+
+    def __init__(self):
+        self.renew()
+
+    def renew(self):
+        import gigatoken
+        self.n_tokens = 0
+        self.tokenizer = gigatoken.Tokenizer.from_tiktoken(
+            VOCABULARY, pretokenizer="gpt2", special_tokens={})
+
+    def __call__(self, column):
+        texts = column.cast(pa.large_binary()).to_pylist()
+        encoded = self.tokenizer.encode_batch(texts, parallel=False).layout
+        ids = encoded.content.data.astype(np.uint16)        # of all documents
+        limits = encoded.offsets.data.tolist()              # where each begins, and the end
+        documents = [ids[begin:end] for begin, end in itertools.pairwise(limits)]
+        for i in disputed_documents(column):
+            documents[i] = GPT2Tokenizer().encode(column[i].as_py())
+        self.n_tokens += len(ids)       # of all threads, about: they may add at the same time
+        if self.n_tokens > RENEW_TOKENS:
+            self.renew()
+        return documents
+
+
+def disputed_documents(column):
+    """Indices of the documents with a letter for which gigatoken and tiktoken may differ.
+
+    Their tables of letters are of different years. All letters that one of them may lack begin with
+    the bytes E0 (but not Devanagari, Thai), E1 80 to E1 B7, EA 80 to EA AF, or F0 (but not F0 9D
+    and F0 9F).
+    """
+    _, starts, data = column.buffers()              # joined() makes columns that are no slices
+    starts, data = np.frombuffer(starts, np.int64), np.frombuffer(data, np.uint8)
+    first = np.flatnonzero(data >= 0xE0)            # first bytes of letters of three or four bytes
+    lead, second = data[first], data[first + 1]
+    is_disputed = (((lead == 0xE0) & ~np.isin(second, (0xA4, 0xA5, 0xB8, 0xB9)))
+                   | ((lead == 0xE1) & (second < 0xB8)) | ((lead == 0xEA) & (second < 0xB0))
+                   | ((lead == 0xF0) & (second != 0x9D) & (second != 0x9F)))
+    return np.unique(np.searchsorted(starts, first[is_disputed], side="right") - 1)

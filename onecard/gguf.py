@@ -1,0 +1,91 @@
+"""How does a model become a file for llama.cpp and Ollama?
+
+The file holds the weights in fp32, the shape of the network, and GPT-2's vocabulary.
+"""
+import numpy as np
+
+from onecard.pretrained import import_package, transposed
+from onecard.tokenizer import END_OF_TEXT, VOCABULARY
+
+MODELFILE = '''FROM ./model.gguf
+TEMPLATE """{{ .Prompt }}"""
+PARAMETER num_ctx %d
+PARAMETER temperature 0.8
+PARAMETER stop "<|endoftext|>"
+'''
+
+
+def write(folder, theirs):
+    """Write `theirs`, from pretrained.to_transformers, and a Modelfile for Ollama to `folder`."""
+    gguf = import_package("gguf", "--format=gguf")
+    config = theirs.config
+    writer = gguf.GGUFWriter(folder / "model.gguf", config.model_type)
+    writer.add_name(folder.name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    if config.model_type == "qwen3":
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    else:
+        writer.add_feed_forward_length(config.n_inner)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    add_tokenizer(writer, gguf.TokenType, config.vocab_size)
+    for name, array in tensors(theirs).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    modelfile = MODELFILE % config.max_position_embeddings
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+
+
+def check(folder, theirs):
+    """Read the file back and compare every bit of its tensors. Returns how many there are."""
+    reader = import_package("gguf", "--format=gguf").GGUFReader(folder / "model.gguf")
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name, array in tensors(theirs).items():
+        if not np.array_equal(stored[name], array):
+            raise RuntimeError(f"model.gguf does not hold the model's {name}; nothing is written")
+    return len(stored)
+
+
+def tensors(theirs):
+    """{name in the file: fp32 array}. The gguf package has llama.cpp's table of names."""
+    gguf = import_package("gguf", "--format=gguf")
+    config, weights = theirs.config, theirs.state_dict()
+    architecture = gguf.MODEL_ARCH[config.model_type.upper()]
+    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    if config.tie_word_embeddings:          # llama.cpp takes the token embedding then
+        del weights["lm_head.weight"]
+    return {table.get_name(name, (".weight", ".bias")): w.numpy()
+            for name, w in transposed(weights).items()}
+
+
+def vocabulary():
+    """({token: id}, merges) of GPT-2, as its own files spell them."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    tokens, merges = TikTokenConverter().extract_vocab_merges_from_model(str(VOCABULARY))
+    return tokens | {"<|endoftext|>": END_OF_TEXT}, merges
+
+
+def add_tokenizer(writer, token_type, vocab_size):
+    tokens, merges = vocabulary()
+    # rows of the embedding that no token uses
+    padding = [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*tokens, *padding])
+    writer.add_token_types([token_type.NORMAL] * END_OF_TEXT + [token_type.CONTROL]
+                           + [token_type.UNUSED] * len(padding))
+    writer.add_token_merges([f"{first} {second}" for first, second in merges])
+    writer.add_bos_token_id(END_OF_TEXT)
+    writer.add_eos_token_id(END_OF_TEXT)
+    writer.add_add_bos_token(True)      # every document of the training text began with it

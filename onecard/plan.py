@@ -1,0 +1,266 @@
+"""What will a run cost? Epochs, memory, time and disk, known before its first step.
+
+    plan = Plan(cfg, size, cards.machine_named("RTX 4070", torch.bfloat16), data)
+    print(text(plan))
+
+All numbers come from settings and counts: no model is made, and no file is written. A number that
+nobody can know yet is printed as "-".
+"""
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecard import cards, memory
+
+GIB = 2**30
+R_STAR = 15.387756                      # epochs in which the worth of a repetition falls to 1/e
+TOKENS_PER_PARAMETER = 20               # compute-optimal (Hoffmann et al. 2022)
+EAGER_SPEED = 1 / 1.5                   # of a compiled step (RTX 3060 and 4090: 1 / 1.49)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The network, counted."""
+    network: object                     # its GPTConfig
+    total: int                          # parameters
+    blocks: int                         # parameters of blocks and norms
+    flops_per_token: float              # of forward and backward
+
+    @classmethod
+    def of(cls, model):
+        """The Size of a GPT, which may be on the meta device."""
+        n = model.count_parameters()
+        return cls(model.config, n["total"], n["blocks"], model.flops_per_token())
+
+
+@dataclass(frozen=True)
+class Plan:
+    cfg: object                         # train.py's settings
+    size: Size
+    machine: cards.Machine
+    data: object = None                 # dataset.KnownTokens
+    steps_before: int = 0               # of a resumed run
+    measured: float | None = None       # its tokens a second with all processes, on this machine
+
+    @property
+    def tokens_per_step(self):
+        return self.cfg.windows_per_step * self.cfg.block_size
+
+    @property
+    def steps(self):
+        """Steps that are left."""
+        return max(self.cfg.max_iters - self.steps_before, 0)
+
+    @property
+    def speeds(self):
+        """(lowest, highest) tokens a second of all processes, or None if nobody knows."""
+        machine = self.machine
+        if self.measured:
+            return self.measured, self.measured
+        if machine.peak_flops is None:
+            return None
+        at_peak = machine.count * machine.peak_flops / self.size.flops_per_token
+        if not self.cfg.compile:
+            at_peak *= EAGER_SPEED
+        return at_peak * machine.card.seen[0], at_peak * machine.card.seen[1]
+
+    @property
+    def peak_memory(self):
+        """Bytes."""
+        return memory.needed(self.cfg, self.size, self.machine, self.cfg.batch_size)
+
+    @property
+    def checkpoint(self):
+        """Bytes of one: in fp32, weights and AdamW's two averages; Muon has one of a matrix."""
+        if self.cfg.optimizer == "muon":
+            return 12 * self.size.total - 4 * self.size.blocks
+        return 12 * self.size.total
+
+
+# the numbers
+
+def effective_tokens(unique, total):
+    """How many new tokens teach as much as `total` tokens, of which `unique` are different.
+
+    U + U R* (1 - exp(-R / R*)), where R repetitions follow the first epoch (Muennighoff et al.
+    2023, equation 5).
+    """
+    if total <= unique:
+        return total
+    repetitions = total / unique - 1
+    return unique + unique * R_STAR * (1 - math.exp(-repetitions / R_STAR))
+
+
+def tokens_worth(effective, unique):
+    """The inverse: how many tokens teach as much as `effective` new ones. None: no number does."""
+    if effective <= unique:
+        return effective
+    left = 1 - (effective / unique - 1) / R_STAR
+    if left <= 0:
+        return None
+    return unique * (1 - R_STAR * math.log(left))
+
+
+def seconds(plan, speed):
+    """Seconds of a step, and of all that is left, at `speed` tokens a second."""
+    cfg, data = plan.cfg, plan.data
+    step = plan.tokens_per_step / speed
+    evaluated = {*range(0, cfg.max_iters + 1, cfg.eval_interval), cfg.max_iters}
+    if plan.steps_before:               # it was evaluated before it was saved
+        evaluated = {s for s in evaluated if s > plan.steps_before}
+    tokens = cfg.eval_iters * cfg.batch_size * cfg.block_size
+    if data:
+        tokens = min(tokens, data.val)
+    evaluation = tokens / speed / 3     # forward is a third of a step
+    return step, plan.steps * step + len(evaluated) * evaluation
+
+
+def disk(plan):
+    """(bytes that checkpoints may still take, bytes that are free where they go)."""
+    out_dir = Path(plan.cfg.out_dir).absolute()
+    files = [path.stat() for path in out_dir.glob("*.pt")]
+    existing = {file.st_ino: file.st_size for file in files}    # two names of a file count once
+    n_kept = 3                          # the newest, the best, and one that is being written
+    if plan.cfg.lr_schedule == "wsd":
+        n_kept = 4                      # and the one before the cooldown
+    to_come = max(n_kept * plan.checkpoint - sum(existing.values()), 0)
+    folder = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+    return to_come, shutil.disk_usage(folder).free
+
+
+# in words
+
+def refusals(plan):
+    """Sentences that say why the run cannot work, and the nearest that does."""
+    cfg, machine, sentences = plan.cfg, plan.machine, []
+    if plan.peak_memory > machine.room:
+        nearest = "not even one window fits: a smaller block_size, n_layer or n_embd is needed"
+        if batch := memory.largest_batch(cfg, plan.size, machine):
+            nearest = f"{batch_settings(cfg, batch)} fits and gives the same steps"
+        sentences.append(f"batch_size = {cfg.batch_size} needs {gib(plan.peak_memory)} of memory, "
+                         f"and {machine.name} has room for {gib(machine.room)}; {nearest}")
+    to_come, free = disk(plan)
+    if to_come > free:
+        sentences.append(f"the run writes up to {gib(to_come)}, and {gib(free)} are free where "
+                         f"{cfg.out_dir} lies; make room, or give --out_dir on another disk")
+    return sentences
+
+
+def text(plan):
+    """The plan as lines for people."""
+    cfg, size, network = plan.cfg, plan.size, plan.size.network
+    dtype, dataset = str(plan.machine.dtype).removeprefix("torch."), "-"
+    if plan.data:
+        dataset = f"{plan.data.source}: {plan.data.train:,} tokens to train on"
+    to_come, free = disk(plan)
+    lines = [
+        f"machine    {plan.machine.name}, {dtype}",
+        f"model      {amount(size.total)} parameters, {amount(size.blocks)} without embeddings "
+        f"({network.n_layer} layers x {network.n_head} heads x {network.n_embd})",
+        f"dataset    {dataset}",
+        f"step       {plan.tokens_per_step:,} tokens = {cfg.batch_size} windows x "
+        f"{cfg.windows_per_step // cfg.batch_size} micro-batches x {cfg.block_size:,}",
+        *run_lines(plan), *memory_lines(plan), *time_lines(plan),
+        f"disk       {gib(plan.checkpoint)} a checkpoint, up to {gib(to_come)} to come; "
+        f"{gib(free)} are free"]
+    return "\n".join(lines)
+
+
+def run_lines(plan):
+    cfg, run = plan.cfg, plan.tokens_per_step * plan.cfg.max_iters
+    line = f"run        {cfg.max_iters:,} steps = {amount(run)} tokens = "
+    if plan.data is None:
+        return [f"{line}- epochs"]
+    unique = max((plan.data.train - 1) // cfg.block_size, 1) * cfg.block_size   # whole windows
+    epochs = number(run / unique)
+    lines = [f"{line}{epochs} epochs"]
+    if run > unique:
+        worth = amount(effective_tokens(unique, run))
+        lines.append(f"           {amount(unique)} tokens are new and {amount(run - unique)} "
+                     f"repeated: worth {worth} new ones (Muennighoff et al. 2023)")
+    steps = max(4 * unique // plan.tokens_per_step, 1)
+    settings, optimal = f"--max_iters={steps}", "more than this data can be worth"
+    if cfg.lr_schedule == "cosine":
+        settings += f" --lr_decay_iters={steps}"
+    if tokens := tokens_worth(TOKENS_PER_PARAMETER * plan.size.total, unique):
+        optimal = f"{math.ceil(tokens / plan.tokens_per_step):,} steps"
+    lines.append(f"           4 epochs: {settings}; compute-optimal ({TOKENS_PER_PARAMETER} tokens "
+                 f"a parameter): {optimal}")
+    if run > 16 * unique:
+        lines.append(f"warning    {epochs} epochs: about 4 are nearly as good as new text, and "
+                     "past about 16 another one adds next to nothing")
+    return lines
+
+
+def memory_lines(plan):
+    cfg, room = plan.cfg, plan.machine.room
+    margin = "DOES NOT FIT"
+    if plan.peak_memory <= room:
+        margin = f"{gib(room - plan.peak_memory)} to spare"
+    lines = [f"memory     needs {gib(plan.peak_memory)}, {gib(room)} are free for it: {margin}"]
+    batch = memory.largest_batch(cfg, plan.size, plan.machine)
+    if room < math.inf and batch not in (0, cfg.batch_size):
+        lines.append(f"           largest that fits: {batch_settings(cfg, batch)}")
+    return lines
+
+
+def time_lines(plan):
+    flops_per_token = plan.size.flops_per_token
+    tflop = number(plan.tokens_per_step * flops_per_token / 1e12)
+    if plan.speeds is None:
+        return [f"time       -, the bar shows it after some steps ({tflop} TFLOP each)"]
+    slow, fast = plan.speeds
+    longest_step, longest = seconds(plan, slow)
+    shortest_step, shortest = seconds(plan, fast)
+    step, total = period(shortest_step, longest_step), period(shortest, longest)
+    line = f"{total}: {plan.steps:,} steps of {step} ({tflop} TFLOP) and the evaluations"
+    if plan.measured:
+        return [f"time       {line}, at {fast:,.0f} tokens/s as measured in this run"]
+    peak = plan.machine.count * plan.machine.peak_flops
+    lowest, highest = slow * flops_per_token / peak, fast * flops_per_token / peak
+    return [f"time       predicted {line}",
+            f"           {slow:,.0f} to {fast:,.0f} tokens/s: {lowest:.0%} to {highest:.0%} of "
+            f"{number(peak / 1e12)} TFLOP/s, as seen in public logs"]
+
+
+def batch_settings(cfg, batch):
+    """What to set for micro-batches of `batch` windows and the same tokens a step."""
+    if cfg.tokens_per_step:
+        return f"--batch_size={batch}"
+    return f"--batch_size={batch} --gradient_accumulation_steps={cfg.windows_per_step // batch}"
+
+
+def number(x):
+    """Three digits at least: 0.0123, 4.57, 205, 1,234."""
+    if x >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.3g}"
+
+
+def amount(n):
+    if n >= 1e9:
+        return f"{n / 1e9:,.2f} G"
+    if n >= 1e5:
+        return f"{n / 1e6:,.1f} M"
+    return f"{n:,.0f}"
+
+
+def gib(n_bytes):
+    if n_bytes == math.inf:
+        return "-"
+    if n_bytes < 0.1 * GIB:
+        return f"{n_bytes / 2**20:,.0f} MiB"
+    return f"{n_bytes / GIB:,.1f} GiB"
+
+
+def period(shortest, longest):
+    """A range of seconds in words: "4.57 to 7.2 s", "13.3 to 20.9 days"."""
+    unit, size = "s", 1
+    for name, n_seconds in (("minutes", 60), ("hours", 3600), ("days", 86400)):
+        if longest >= 2 * n_seconds:
+            unit, size = name, n_seconds
+    numbers = [number(shortest / size), number(longest / size)]
+    if numbers[0] == numbers[1]:
+        return f"{numbers[0]} {unit}"
+    return f"{numbers[0]} to {numbers[1]} {unit}"

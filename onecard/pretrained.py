@@ -1,0 +1,148 @@
+"""How do weights come from a model of transformers, and how do they become one?
+
+Our GPT-2 is GPT2LMHeadModel there, the network of config/modern.py is Qwen3ForCausalLM. Both hold
+the same numbers under other names. This needs transformers 5.
+"""
+import importlib
+
+import torch
+from torch.nn import functional as F
+
+from onecard.settings import UserError
+from onecard.tokenizer import END_OF_TEXT
+
+# our settings, and their names for them; a GPT2Config knows these names, too
+KEYS = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+        "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
+        "tie_word_embeddings": "tie_word_embeddings"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# the values that a network of ours needs to be one of theirs; other settings are free
+NEEDED = {
+    "gpt2": {"position": ["learned"], "norm": ["layernorm"], "qk_norm": [False],
+             "mlp": ["gelu", "gelu_tanh"], "embed_norm": [False]},
+    "qwen3": {"position": ["rotary"], "norm": ["rmsnorm"], "qk_norm": [True], "mlp": ["swiglu"],
+              "bias": [False]},
+}
+# the values that one of theirs needs to be a network of ours
+USUAL = {
+    "gpt2": {"layer_norm_epsilon": [1e-5], "activation_function": list(ACTIVATIONS),
+             "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]},
+    "qwen3": {"rms_norm_eps": [1e-6], "hidden_act": ["silu"], "attention_bias": [False],
+              "use_sliding_window": [False]},
+}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")      # GPT-2 stores these as (in, out)
+# in a block of Qwen3: our module, and the modules there whose weights it stacks
+QWEN3_BLOCK = {
+    "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
+}
+
+
+def import_package(name, purpose):
+    """The optional package `name`, or a UserError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{purpose} needs {name} ({error}): pip install {name}") from error
+
+
+def read(name):
+    """{"model_args": fields of GPTConfig, "model": our weights in fp32}, as a checkpoint has them.
+
+    `name` is OpenAI's 'gpt2', 'gpt2-medium', ..., or a folder of transformers. Raises UserError if
+    that is not a GPT-2 or a Qwen3, or one that our blocks do not compute.
+    """
+    transformers = import_package("transformers", f"{name} is not a checkpoint; reading it")
+    try:                                # trust_remote_code: a folder is data, not code
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{name} is not a checkpoint, and transformers finds no model there: "
+                        f"{first_line}") from None
+    config, weights = theirs.config, theirs.float().state_dict()
+    kind = config.model_type
+    if kind not in USUAL:
+        raise UserError(f"{name} is a model of type {kind}; use one of type gpt2 or qwen3")
+    usual = dict(USUAL[kind])
+    if kind == "qwen3":
+        rope_theta = config.rope_parameters["rope_theta"]
+        usual |= {"num_key_value_heads": [config.num_attention_heads],
+                  "head_dim": [config.hidden_size // config.num_attention_heads],
+                  "rope_parameters": [{"rope_type": "default", "rope_theta": rope_theta}]}
+    if unusual := differences(config, usual):
+        raise UserError(f"{name} has {unusual}; our blocks do not compute that")
+
+    model_args = {key: values[0] for key, values in NEEDED[kind].items()}
+    model_args |= {ours: getattr(config, key) for ours, key in KEYS.items()}
+    if kind == "gpt2":
+        mlp = ACTIVATIONS[config.activation_function]
+        model_args |= {"n_inner": config.n_inner or 0, "mlp": mlp}
+        return {"model_args": model_args, "model": transposed(weights)}
+    model_args |= {"n_inner": config.intermediate_size, "rope_theta": rope_theta}
+    model = {f"{ours}.weight": torch.cat([weights[f"{part}.weight"] for part in parts])
+             for ours, parts in qwen3_names(config.num_hidden_layers).items()}
+    return {"model_args": model_args, "model": model}
+
+
+def differences(config, known):
+    """The settings of `config` that have none of their known values, as a text."""
+    return ", ".join(f"{key} = {getattr(config, key)!r}" for key, values in known.items()
+                     if getattr(config, key) not in values)
+
+
+def transposed(weights):
+    """Our weights of GPT-2 from theirs, or theirs from ours."""
+    return {name: w.T if name.endswith(CONV1D) else w for name, w in weights.items()}
+
+
+def qwen3_names(n_layer):
+    """{our module: the modules of Qwen3 whose weights it stacks}."""
+    names = {"transformer.wte": ["model.embed_tokens"], "transformer.ln_f": ["model.norm"],
+             "lm_head": ["lm_head"]}
+    for i in range(n_layer):
+        for ours, parts in QWEN3_BLOCK.items():
+            names[f"transformer.h.{i}.{ours}"] = [f"model.layers.{i}.{part}" for part in parts]
+    return names
+
+
+def family(config):
+    """'gpt2' or 'qwen3': the class of transformers that computes a network of this GPTConfig."""
+    kind = "gpt2" if config.position == "learned" else "qwen3"
+    if others := differences(config, NEEDED[kind]):
+        raise UserError("other programs do not know this network: the nearest that they know, "
+                        f"{kind}, cannot have {others}")
+    return kind
+
+
+def to_transformers(config, weights):
+    """The GPT2LMHeadModel or Qwen3ForCausalLM with these weights, a GPT's state_dict."""
+    transformers = import_package("transformers", "an export")
+    transformers.utils.logging.disable_progress_bar()       # one for each file is too much
+    settings = {key: getattr(config, ours) for ours, key in KEYS.items()}
+    settings |= {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+    if family(config) == "gpt2":
+        activation = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            **settings, n_inner=config.inner_size, activation_function=activation,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        # biases that we do not have are zero there
+        model.load_state_dict(model.state_dict() | transposed(weights))
+        return model.eval()
+
+    if config.embed_norm:               # a token's normalized row never changes: store that one
+        rows = F.rms_norm(weights["transformer.wte.weight"], (config.n_embd,), eps=1e-6)
+        weights = weights | {"transformer.wte.weight": rows}
+        settings["tie_word_embeddings"] = False
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        **settings, intermediate_size=config.inner_size, head_dim=config.head_size,
+        num_key_value_heads=config.n_head, rms_norm_eps=1e-6, rope_theta=config.rope_theta))
+    model.config.rope_theta = config.rope_theta     # where transformers 4 looks for it
+    theirs = {}
+    for ours, parts in qwen3_names(config.n_layer).items():
+        pieces = weights[f"{ours}.weight"].chunk(len(parts))
+        theirs |= {f"{part}.weight": w for part, w in zip(parts, pieces, strict=True)}
+    model.load_state_dict(theirs)
+    return model.eval()

@@ -1,0 +1,207 @@
+"""What does a run report? A bar, log.jsonl, loss.png; wandb and TensorBoard if they are wanted."""
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from onecard import figure, runtime
+from onecard.files import write_text
+from onecard.settings import UserError
+
+SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
+
+
+def read_log(path):
+    """The entries of log.jsonl. A line that is half written, after a power cut, is left out."""
+    entries = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
+
+
+def measured_speed(out_dir, device_name):
+    """The tokens per second that a run had on this device when it was last here, or None."""
+    rate, same_device = None, False
+    for entry in read_log(Path(out_dir) / "log.jsonl"):
+        if entry.get("event") == "start":
+            same_device = entry.get("device") == device_name
+        if same_device and entry.get("tokens_per_s"):
+            rate = entry["tokens_per_s"]
+    return rate
+
+
+class RunLog:
+    """The reports of a run. Only the first rank opens it and writes."""
+
+    def __init__(self, cfg, world, progress, run_plan):
+        self.cfg, self.world, self.plan = cfg, world, run_plan
+        self.out_dir = Path(cfg.out_dir)
+        self.first_step, self.hours_before = progress.step, progress.hours
+        self.started = time.time()
+        self.seconds, self.n_timed = 0.0, 0     # of steps since the last line of log.jsonl
+        self.drawn = self.started           # when the last loss.png was drawn
+        self.file, self.bar, self.trackers = None, None, []
+
+    def open(self, data):
+        """Start log.jsonl, or go on with it from the step of the checkpoint."""
+        self.tokens_per_epoch = data.n_windows * data.block_size
+        path = self.out_dir / "log.jsonl"
+        # a killed run may have logged steps after its last checkpoint: they will come again
+        kept = [entry for entry in read_log(path) if entry.get("step", 0) <= self.first_step]
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        self.write(step=self.first_step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
+                   device=runtime.device_name(self.world.device), world_size=self.world.size,
+                   versions=runtime.versions(), config=asdict(self.cfg),
+                   dataset=data.fingerprint, parameters=self.plan.size.total)
+        if self.cfg.wandb_log:
+            self.trackers.append(Wandb(self.cfg, self.first_step))
+        if self.cfg.tensorboard_log:
+            self.trackers.append(TensorBoard(self.cfg, self.first_step))
+        print(f"output     {self.out_dir}, from step {self.first_step:,} on")
+
+    def write(self, **entry):
+        self.file.write(json.dumps(entry) + "\n")
+
+    def hours_of_process(self):
+        """Hours since this process began to train."""
+        return (time.time() - self.started) / 3600
+
+    def hours(self):
+        """Hours of training so far, over all processes that went on with this run."""
+        return self.hours_before + self.hours_of_process()
+
+    def evaluation(self, step, val_loss):
+        """Report a validation loss."""
+        self.world.print(f"step {step:,}: val loss {val_loss:.4f}")
+        if not self.file:
+            return
+        self.write(step=step, val_loss=val_loss, hours=self.hours())
+        for tracker in self.trackers:
+            tracker.log({"val/loss": val_loss}, step)
+        if time.time() - self.drawn > SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def draw(self):
+        """loss.png of this run, if matplotlib is installed. A picture never stops a run."""
+        self.drawn = time.time()
+        try:
+            entries = read_log(self.out_dir / "log.jsonl")
+            figure.draw({str(self.out_dir): entries}, self.out_dir / "loss.png")
+        except ModuleNotFoundError:
+            pass
+        except Exception as error:
+            self.world.print(f"warning    loss.png was not drawn: {error}")
+
+    def step(self, step, loss, lr, grad_norm, seconds):
+        """Report a step that took so many seconds."""
+        if step > self.first_step + 1:      # the first step compiles: its time says nothing
+            self.seconds, self.n_timed = self.seconds + seconds, self.n_timed + 1
+        if not self.file:
+            return
+        tokens_per_step = self.cfg.windows_per_step * self.cfg.block_size
+        tokens, rate, mfu = step * tokens_per_step, None, None
+        epoch = tokens / self.tokens_per_epoch
+        if self.n_timed:
+            rate = self.n_timed * tokens_per_step / self.seconds
+            mfu = self.share_of_peak(rate)
+        numbers = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok/s": "-", "mfu": "-",
+                   "epoch": f"{epoch:.2f}"}
+        if rate:
+            numbers["tok/s"] = f"{rate:,.0f}"
+        if mfu:
+            numbers["mfu"] = f"{mfu:.0%}"
+        self.move_bar(step, numbers)
+        if step % self.cfg.log_interval and step != 1:
+            return
+        self.write(step=step, tokens=tokens, epoch=epoch, train_loss=loss, lr=lr,
+                   grad_norm=grad_norm, tokens_per_s=rate, mfu=mfu, hours=self.hours())
+        for tracker in self.trackers:
+            tracker.log({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu}, step)
+        if self.bar.disable:                # no terminal: a line in the place of the bar
+            line = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            print(f"step {step:,}/{self.cfg.max_iters:,}: {line}, {self.time_left(step)} left")
+        self.seconds, self.n_timed = 0.0, 0
+
+    def share_of_peak(self, rate):
+        """The share of its dense peak that the machine reaches, or None if that is not known."""
+        machine = self.plan.machine
+        if not machine.peak_flops:
+            return None
+        return rate * self.plan.size.flops_per_token / (machine.peak_flops * machine.count)
+
+    def move_bar(self, step, numbers):
+        if self.bar:
+            self.bar.set_postfix(numbers, refresh=False)
+            self.bar.update()
+        else:                               # its clock starts after the first step
+            self.bar = tqdm(total=self.cfg.max_iters, initial=step, unit="step",
+                            dynamic_ncols=True, smoothing=0.05, disable=None)
+
+    def time_left(self, step):
+        if not self.n_timed:
+            return "-"
+        return tqdm.format_interval((self.cfg.max_iters - step) * self.seconds / self.n_timed)
+
+    def close(self, progress):
+        """End the bar; say why the run ends and how to go on."""
+        if self.bar:
+            self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if not self.file:
+            return
+        self.draw()
+        reason, advice = "stopped on request", "--init_from=resume goes on"
+        if progress.step >= self.cfg.max_iters:
+            reason, advice = "finished", f"`python sample.py --out_dir={self.out_dir}` samples"
+        elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
+            reason = "max_hours are over: stopped"
+        print(f"{reason} at step {progress.step:,} after {self.hours():.2f} hours, best val loss "
+              f"{progress.best_val_loss:.4f}. {advice}")
+
+
+class Wandb:
+    def __init__(self, cfg, first_step):
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UserError("wandb_log = True needs wandb: pip install wandb, "
+                            "or set --wandb_log=False") from None
+        resume = "allow" if first_step else None
+        self.wandb = wandb
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg),
+                   resume=resume)
+
+    def log(self, numbers, step):
+        self.wandb.log({"iter": step, **numbers}, step=step)
+
+    def close(self):
+        self.wandb.finish()
+
+
+class TensorBoard:
+    def __init__(self, cfg, first_step):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise UserError("tensorboard_log = True needs tensorboard: pip install tensorboard, "
+                            "or set --tensorboard_log=False") from None
+        purge_step = first_step + 1 if first_step else None
+        self.writer = SummaryWriter(cfg.out_dir, purge_step=purge_step)
+
+    def log(self, numbers, step):
+        for name, number in numbers.items():
+            if number is not None:
+                self.writer.add_scalar(name, number, step)
+
+    def close(self):
+        self.writer.close()

@@ -1,0 +1,256 @@
+"""Where does this process run? Ranks, device, dtype, memory, random state, and Ctrl-C."""
+import contextlib
+import gc
+import os
+import platform
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from onecard.settings import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. One process is a world of size 1; every method works the same."""
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: object = None          # a gloo group for flags: asking never waits for the GPU
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, text):
+        """Print on the first rank, above a progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor):
+        """The mean of `tensor` over all ranks."""
+        return self.sum(tensor / self.size)
+
+    def any(self, flag):
+        """True on every rank if `flag` is true on one of them."""
+        return any(self.gather(bool(flag)))
+
+    def gather(self, thing):
+        """[thing of rank 0, thing of rank 1, ...] on every rank."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.control)
+        return things
+
+    def wait(self):
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def start(device="auto", backend="auto"):
+    """Find the device, join the other ranks if torchrun started several; return the World."""
+    grow_cuda_segments()
+    # torch keeps compiled kernels in /tmp, which a reboot empties; here a resumed run finds them
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(PROJECT / ".cache" / "inductor"))
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World(device)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started process {local_rank} here, but this machine has "
+                            f"{torch.cuda.device_count()} GPUs; set --nproc_per_node to that")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError(f"backend = 'nccl' needs CUDA, and the device is {device.type}; "
+                        "use --backend=gloo")
+    dist.init_process_group(backend)
+    world = World(device, rank, size, control=dist.new_group(backend="gloo"))
+    # without this, an early error of rank 0 hides behind a connection error of the others
+    world.wait()
+    return world
+
+
+def distribute(model, world):
+    """A view of `model` whose backward adds up the gradients of all ranks."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def grow_cuda_segments():
+    """Let CUDA's allocator grow its segments: more of a 12 GB card is usable.
+
+    Only on native Linux: Windows ignores it, and under WSL it can fail (pytorch#192330).
+    """
+    release = Path("/proc/sys/kernel/osrelease")
+    native_linux = release.is_file() and "microsoft" not in release.read_text().lower()
+    is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    if native_linux and not is_set:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def pick_device(name="auto"):
+    """The torch.device of 'auto' (cuda, else mps, else cpu), or of a name that torch knows."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps"
+        if not has_cuda and not has_mps:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device = {name!r} is not one that torch knows; "
+                        "use auto, cuda, cuda:1, mps or cpu") from None
+    missing = {"cuda": not has_cuda, "mps": not has_mps}
+    if missing.get(device.type, False):
+        raise UserError(f"device = {name!r}: torch {torch.__version__} sees no such device here. "
+                        "--device=auto takes what there is; for an NVIDIA card "
+                        "install torch's CUDA build (pytorch.org/get-started)")
+    return device
+
+
+def pick_dtype(name, device):
+    """The dtype of a name. 'auto': bf16 where the hardware has it, else fp16 (GPU) or fp32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"dtype = {name!r}; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        # torch.cuda.is_bf16_supported() also says yes to emulation, on cards from before 2020
+        major = torch.cuda.get_device_capability(device)[0]
+        if major >= 8:
+            return torch.bfloat16
+        return torch.float16 if major == 7 else torch.float32
+    if device.type == "cpu":
+        units = [getattr(torch.cpu, f"_is_{unit}_supported", None)
+                 for unit in ("avx512_bf16", "amx_tile")]
+        has_bf16 = any(is_supported() for is_supported in units if is_supported)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.float32
+
+
+def rng_state(device):
+    """What torch's generators need to go on from here: {"cpu": uint8, "device": uint8 or None}."""
+    state = {"cpu": torch.get_rng_state(), "device": None}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and state["device"] is not None:
+        torch.get_device_module(device).set_rng_state(state["device"])
+
+
+def device_name(device):
+    """'NVIDIA GeForce RTX 4070', or the processor's name and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+    return f"{name} ({device.type}, {torch.get_num_threads()} threads)"
+
+
+def memory(device):
+    """(free, all) bytes of the device's memory, of the computer's on a CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "mps":
+        limit = torch.mps.recommended_max_memory()
+        return limit - torch.mps.driver_allocated_memory(), limit
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
+    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+
+
+def is_out_of_memory(error):
+    """Whether memory is used up: CUDA has a type for it, MPS and CPUs only words."""
+    words = "out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(phrase in str(error) for phrase in words)
+
+
+def free_memory(device):
+    """Give the memory of dropped tensors back to the device."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def divisor(n, limit):
+    """The largest divisor of `n` that is at most `limit`."""
+    return next(d for d in range(min(n, int(limit)), 0, -1) if n % d == 0)
+
+
+def stop_event():
+    """An event that the first Ctrl-C (or SIGTERM) sets. The second one ends the process at once."""
+    event = threading.Event()
+
+    def on_signal(number, frame):
+        event.set()
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        # not print: it may be interrupted in the middle of another print
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: this step ends, then the run is saved (again: at once)\n")
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, on_signal)
+    return event
+
+
+def versions():
+    """The versions that decide the numbers of a run."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__}
+
+
+def can_compile(world):
+    """Whether torch.compile works here, tried with a small function. If not, says why."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
+        return True
+    except Exception as error:          # whatever it is, the run can go on without
+        reason = str(error).strip().splitlines()[0][:200]
+        world.print(f"torch.compile cannot work here, going on without it (slower): {reason}\n"
+                    "It needs a C++ compiler and the Python headers (Debian and Ubuntu: sudo apt "
+                    "install g++ python3-dev), on Windows with CUDA also triton-windows")
+        return False

@@ -1,0 +1,185 @@
+"""How do a config file and --key=value become one checked, frozen dataclass?
+
+    @dataclass(frozen=True)
+    class TrainConfig:
+        batch_size: int = 12        # windows in one micro-batch
+
+    cfg = configure(TrainConfig, ["config/small.py", "--batch_size=4"])
+
+A config file is Python that leaves `key = value` lines behind. It may import and compute. Names
+that start with an underscore are its own. The command line wins over files, and later files win
+over earlier ones.
+"""
+import dataclasses
+import difflib
+import inspect
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
+
+from onecard.files import write_text
+
+
+class UserError(ValueError):
+    """A mistake that a user can mend. Scripts print it as one sentence, without a traceback."""
+
+
+def at_least(minimum, settings, *names):
+    """Raise UserError unless each of these settings is `minimum` or more."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= minimum:        # written so that nan fails, too
+            raise UserError(f"{name} = {value} must be at least {minimum}")
+
+
+def one_of(settings, **choices):
+    """Raise UserError unless each setting has one of its choices."""
+    for name, known in choices.items():
+        value = getattr(settings, name)
+        if value not in known:
+            raise UserError(f"{name} = {value!r}; use {' or '.join(known)}")
+
+
+def configure(cls, argv, doc=""):
+    """Return `cls(**settings)` from config files and --key=value arguments.
+
+    `cls` is a dataclass whose fields are int, float, bool or str. If it has a field `files`,
+    arguments that do not end in .py go there. Raises UserError.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "files"}
+    in_config_files, in_arguments, files = {}, {}, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            print(help_text(cls, fields, doc))
+            sys.exit()
+        if argument.startswith("-"):
+            key, equals, text = argument.removeprefix("--").partition("=")
+            check_name(key, fields, argument)
+            if not equals and fields[key].type is bool:     # --flag
+                text = "True"
+            elif not equals:                                # --key value
+                text = next(arguments, None)
+            in_arguments[key] = parse(text, fields[key])
+        elif argument.endswith(".py"):
+            in_config_files |= read_settings(argument, fields)
+        else:
+            files.append(argument)
+    settings = in_config_files | in_arguments
+    if files and not hasattr(cls, "files"):
+        raise UserError(f"{files[0]}: not a config file (config/NAME.py) and not --key=value")
+    if files:
+        settings["files"] = tuple(files)
+    return cls(**settings)
+
+
+def read_settings(path, fields):
+    """The settings of a config file, checked against `fields`."""
+    settings = {}
+    for key, value in read_config_file(path).items():
+        source = f"{path}: {key} = {value!r}"
+        check_name(key, fields, source)
+        settings[key] = check_type(value, fields[key], source)
+    return settings
+
+
+def read_config_file(path):
+    """Run a config file and return the settings that it leaves behind, {name: value}."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such config file")
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:
+        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    not_settings = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {key: value for key, value in names.items()
+            if not key.startswith("_") and not isinstance(value, not_settings)}
+
+
+def check_name(key, fields, source):
+    """Raise UserError if no setting is called `key`."""
+    if key not in fields:
+        close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them"
+        raise UserError(f"{source}: no setting is called {key}; {hint}")
+
+
+def parse(text, field):
+    """The value of `field` that `text` from the command line means."""
+    if text is None:                    # --key was the last argument
+        raise UserError(f"--{field.name} needs a value, as in --{field.name}={field.default}")
+    if field.type is str:
+        return text
+    source = f"--{field.name}={text}"
+    if field.type is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in words:
+            raise UserError(f"{source}: {field.name} is True or False")
+        return words[text.lower()]
+    try:
+        number = parse_number(text)
+    except ValueError:
+        raise UserError(f"{source}: {field.name} is a number ({field.type.__name__})") from None
+    return check_type(number, field, source)
+
+
+def parse_number(text):
+    """An int if `text` is one, else a float."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def check_type(value, field, source):
+    """`value` in the type of `field`. An int may stand for a float, and 1e5 for an int."""
+    if type(value) is field.type:
+        return value
+    if field.type is float and type(value) is int:
+        return float(value)
+    if field.type is int and type(value) is float and value.is_integer():
+        return int(value)
+    raise UserError(f"{source}: {field.name} is of type {field.type.__name__}, "
+                    f"not {type(value).__name__}")
+
+
+def write_config_file(path, cfg):
+    """Write every setting of `cfg` as a config file that gives the same `cfg` again."""
+    lines = [f"{f.name} = {getattr(cfg, f.name)!r}\n" for f in dataclasses.fields(cfg)]
+    write_text(path, "".join(lines))
+
+
+def configure_and_run(main, cls, doc):
+    """Run a script. A UserError becomes one sentence; any other error keeps its traceback."""
+    script = Path(sys.argv[0]).name
+    # print line by line into a pipe, and "?" for a letter that the console does not have
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        main(configure(cls, sys.argv[1:], doc))
+    except UserError as error:
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{script}: stopped")
+
+
+def help_text(cls, fields, doc):
+    """The page of --help: each setting with its comment, its type and its default."""
+    lines = [f"usage: python {Path(sys.argv[0]).name} [config/NAME.py] [--key=value ...]",
+             doc, "settings:"]
+    comments = comments_of(cls)
+    for f in fields.values():
+        comment = comments.get(f.name, "")
+        lines.append(f"  --{f.name:<28} {comment} ({f.type.__name__}, {f.default!r})")
+    return "\n".join(lines)
+
+
+def comments_of(cls):
+    """{setting: the comment on its line}, from the source of `cls` and the classes it extends."""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    (\w+): \w+ = .*?  # (.*)", line):
+                comments[match[1]] = match[2]
+    return comments

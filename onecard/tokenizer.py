@@ -1,0 +1,100 @@
+"""How does a text become token ids, and how do ids become text again?
+
+GPT-2's vocabulary lies in data/gpt2.tiktoken, so nothing is downloaded. A folder of nanoGPT's
+character-level scripts brings its own vocabulary, meta.pkl.
+"""
+import base64
+import functools
+import io
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from onecard.files import sha256
+from onecard.settings import UserError
+
+VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
+VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+N_VOCAB = 50257                         # ids 0 to 50256
+END_OF_TEXT = 50256                     # stands before every document
+
+# How GPT-2 cuts a text into words (Radford et al. 2019, encoder.py). `\s++$` is ours: the words are
+# the same, and white space at the end of a text needs no stack.
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
+# Cut here if white space is so long that tiktoken's pattern runs out of stack (a million letters).
+# GPT-2 cuts there, too. Python counts \x1c to \x1f as white space, GPT-2 does not.
+GAP = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{100000})")
+
+
+@functools.cache
+def gpt2():
+    """tiktoken's encoder with GPT-2's vocabulary."""
+    if not VOCABULARY.is_file() or sha256(VOCABULARY) != VOCABULARY_SHA256:
+        raise UserError(f"{VOCABULARY} is missing or changed; `git checkout {VOCABULARY}` mends it")
+    lines = VOCABULARY.read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": END_OF_TEXT})
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding. "<|endoftext|>" in a text is text, never id 50256."""
+    n_vocab = N_VOCAB
+    start = END_OF_TEXT                 # the id that stands before a document's first word
+
+    def encode(self, text):
+        """The token ids of `text`, uint16."""
+        text = text.encode("utf-8", "replace").decode()     # half a surrogate pair becomes "?"
+        encode = functools.partial(gpt2().encode_to_numpy, disallowed_special=())
+        try:
+            ids = encode(text)
+        except ValueError:
+            ids = np.concatenate([encode(piece) for piece in GAP.split(text)])
+        return ids.astype(np.uint16)
+
+    def decode_bytes(self, ids):
+        """The bytes of `ids`. A document's are valid UTF-8; one token's may be half a letter."""
+        return gpt2().decode_bytes([int(i) for i in ids])
+
+
+class CharTokenizer:
+    """A vocabulary of characters, from the meta.pkl of a nanoGPT dataset."""
+
+    def __init__(self, meta):
+        self.stoi, self.itos = meta["stoi"], meta["itos"]
+        self.n_vocab = len(self.itos)
+        self.start = self.stoi.get("\n", 0)
+
+    def encode(self, text):
+        """The ids of the characters of `text`, uint16."""
+        unknown = sorted(set(text) - set(self.stoi))
+        if unknown:
+            raise UserError(f"the text has {unknown[0]!r}, which is not one of the "
+                            f"{self.n_vocab} characters that this model knows")
+        return np.array([self.stoi[letter] for letter in text], np.uint16)
+
+    def decode_bytes(self, ids):
+        """The bytes of `ids`, UTF-8."""
+        return "".join(self.itos[int(i)] for i in ids).encode()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, texts and numbers; a pickle that names any code is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} is code")
+
+
+def of_dataset(folder):
+    """The tokenizer of a dataset: GPT-2's, unless the folder has a meta.pkl of characters."""
+    path = Path(folder) / "meta.pkl"
+    if not path.is_file():
+        return GPT2Tokenizer()
+    try:
+        return CharTokenizer(PlainUnpickler(io.BytesIO(path.read_bytes())).load())
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError):
+        raise UserError(f"{path} has no characters (stoi, itos). Without that file the ids are "
+                        "taken for GPT-2's, and --vocab_size sets how many there are") from None

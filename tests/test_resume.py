@@ -1,0 +1,309 @@
+"""Does a run go on as if it had never stopped, and is nothing lost?"""
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import write_nanogpt
+from onecard import checkpoint, optim
+from onecard.dataset import Dataset
+from onecard.runlog import read_log
+from onecard.settings import UserError
+from tiny_run import (
+    MUON,
+    TINY,
+    log,
+    run_steps,
+    run_tiny,
+    same,
+    same_run,
+    saved,
+    start,
+    wait_for,
+    weights,
+)
+from train import TrainConfig
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(dropout=0.2, log_interval=2), dict(dtype="float16"), dict(MUON, dropout=0.2)],
+    ids=["plain", "dropout", "fp16", "muon"])
+def test_a_run_that_stopped_after_every_step_is_the_uninterrupted_run(tiny, settings):
+    run_tiny(out_dir="out-whole", **settings)
+    for _ in range(12):
+        torch.rand(100)                 # the generator of another process has another state
+        init_from = "resume" if Path("out-cut").exists() else "scratch"
+        run_tiny(out_dir="out-cut", init_from=init_from, max_hours=1e-9, **settings)
+    assert same_run("out-cut", "out-whole")
+    a, b = (saved(out_dir=f"out-{name}") for name in ("cut", "whole"))
+    assert str(a["optimizer"]) == str(b["optimizer"])
+    assert torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
+    assert a["best_val_loss"] == b["best_val_loss"]
+
+
+def test_a_run_resumes_over_the_end_of_an_epoch(tiny):
+    n = Dataset("data/letters", "train", 16).n_windows
+    steps = n // 64 + 2
+    settings = dict(batch_size=32, gradient_accumulation_steps=2, max_iters=steps,
+                    lr_decay_iters=steps, eval_interval=1000, n_layer=1, n_embd=8, n_head=1)
+    run_tiny(out_dir="out-whole", **settings)
+    assert log("out-whole")[steps, "epoch"] > 1
+    run_steps(2, out_dir="out-cut", **settings)
+    run_tiny(out_dir="out-cut", init_from="resume", **settings)
+    assert same_run("out-cut", "out-whole")
+
+
+def test_a_run_resumes_with_other_micro_batches(tiny):
+    run_tiny(out_dir="out-whole")
+    run_steps(2, out_dir="out-cut")
+    run_tiny(out_dir="out-cut", init_from="resume", batch_size=1, gradient_accumulation_steps=8,
+             eval_iters=12)
+    a, b = log("out-whole"), log("out-cut")
+    assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
+
+
+def test_log_lines_after_the_checkpoint_of_a_killed_run_are_dropped(tiny):
+    run_tiny(out_dir="out-whole")
+    run_steps(2, out_dir="out-cut")
+    with open("out-cut/log.jsonl", "a") as f:
+        f.write('{"step": 3, "train_loss": 99}\n{"step": 4, "train_')
+    run_tiny(out_dir="out-cut", init_from="resume")
+    assert log("out-cut") == log("out-whole")
+
+
+def test_todays_settings_win_over_those_of_the_checkpoint(tiny):
+    run_steps(2)
+    run_tiny(init_from="resume", weight_decay=0.3, beta2=0.9, learning_rate=5e-3, dropout=0.1)
+    groups = saved()["optimizer"]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.3 and groups[0]["betas"] == (0.9, 0.9)
+    assert log()[3, "lr"] == optim.lr_at(2, TrainConfig(**{**TINY, "learning_rate": 5e-3}))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(n_layer=3), "n_layer is 2 there and 3 here"),
+    (dict(n_embd=64, n_head=4), "n_head is 2 there and 4 here; n_embd is 32 there and 64 here"),
+    (dict(block_size=8), "block_size is 16 there and 8 here"),
+    (dict(bias=True), "bias is False there and True here"),
+    (dict(mlp="swiglu"), "mlp is gelu there and swiglu here"),
+    (dict(optimizer="muon"), "optimizer is adamw there and muon here"),
+    (dict(batch_size=8), "tokens_per_step is 128 there and 256 here. --force goes on"),
+    (dict(seed=1), "seed is 1337 there and 1 here"),
+    (dict(dataset="other"), "dataset is "),
+])
+def test_going_on_with_something_else_is_an_error_that_names_it(tiny, change, words):
+    write_nanogpt(tiny / "data/other", np.arange(2000) % 64)
+    run_steps(1)
+    before = weights()
+    with pytest.raises(UserError) as error:
+        run_tiny(init_from="resume", **change)
+    assert words in str(error.value) and same(weights(), before)
+    if "force" in words:
+        run_tiny(init_from="resume", force=True, **change)
+        assert saved()["iter_num"] == 12
+
+
+def test_resuming_nothing_is_named(tiny):
+    with pytest.raises(UserError, match="out/ckpt.pt does not exist"):
+        run_tiny(init_from="resume")
+
+
+# a longer run
+
+@pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("out_dir", ["out", "out-longer"])
+def test_a_wsd_run_that_is_lengthened_is_the_longer_run(tiny, settings, out_dir):
+    settings = {**settings, "lr_schedule": "wsd", "cooldown": 0.5, "min_lr": 0.0}
+    run_tiny(out_dir="out-long", max_iters=20, **settings)
+    run_tiny(**settings)
+    finished = saved("best.pt")
+    assert finished["iter_num"] == 12 and log()[12, "lr"] < log()[6, "lr"] / 5
+    assert saved("stable.pt")["iter_num"] == 6
+    run_tiny(init_from="out/stable.pt", out_dir=out_dir, max_iters=20, **settings)
+    assert same(weights(out_dir), weights("out-long"))
+    longer, whole = log(out_dir), log("out-long")
+    assert all(longer[k] == whole[k] for k in longer) and max(longer) == max(whole)
+    best = saved("best.pt", out_dir)["best_val_loss"]
+    if out_dir == "out":                # the best of both, and never a worse one than before
+        assert best <= finished["best_val_loss"] and longer == whole
+
+
+def test_a_run_that_cools_down_is_not_lengthened_in_the_middle(tiny):
+    settings = dict(lr_schedule="wsd", cooldown=0.5)
+    run_tiny(**settings)
+    with pytest.raises(UserError, match="began to cool down at step 6; .*out/stable.pt goes on"):
+        run_tiny(init_from="resume", max_iters=20, **settings)
+    run_tiny(init_from="resume", max_iters=20, force=True, **settings)
+    assert saved()["iter_num"] == 20
+
+
+def test_a_run_that_stopped_in_its_cooldown_goes_on_in_it(tiny):
+    settings = dict(lr_schedule="wsd", cooldown=0.8, max_iters=5, warmup_iters=1)
+    run_tiny(out_dir="out-whole", **settings)
+    run_steps(3, out_dir="out-cut", **settings)
+    run_tiny(out_dir="out-cut", init_from="resume", **settings)
+    assert same_run("out-cut", "out-whole")
+
+
+# nothing is lost
+
+def test_a_used_folder_is_never_started_over_unasked(tiny):
+    run_tiny(max_iters=2)
+    before = weights()
+    with pytest.raises(UserError, match="out holds a run at step 2. --init_from=resume goes on "
+                                        "with it, --out_dir=OTHER starts beside it, --overwrite"):
+        run_tiny(seed=2)
+    assert same(weights(), before)
+    os.unlink("out/ckpt.pt")            # the best one alone is worth as much
+    with pytest.raises(UserError, match="out holds a run at step 2"):
+        run_tiny(seed=2)
+    run_tiny(seed=2, overwrite=True, max_iters=1, eval_interval=5)
+    assert saved("best.pt")["iter_num"] == saved()["iter_num"] == 1
+    assert max(step for step, _ in log()) == 1
+
+
+def overfitted(folder):
+    """A dataset on which val gets better first and then worse."""
+    rng = np.random.default_rng(0)
+    steps = np.cumsum(rng.integers(1, 4, 400))
+    write_nanogpt(folder / "data/few", steps % 64, np.cumsum(rng.integers(1, 6, 2000)) % 64)
+
+
+def test_best_pt_has_the_lowest_val_loss_of_the_log_also_over_a_resume(tiny):
+    overfitted(tiny)
+    settings = dict(dataset="few", max_iters=160, lr_decay_iters=160, eval_interval=4)
+    process = start(tiny, **settings)
+    wait_for(process, "step 60/")
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    run_tiny(init_from="resume", **settings)
+    losses = {entry["val_loss"]: entry["step"] for entry in read_log("out/log.jsonl")
+              if "val_loss" in entry}
+    best = saved("best.pt")
+    assert 0 < losses[min(losses)] < 160 and len(losses) == 41
+    assert (best["best_val_loss"], best["iter_num"]) == (min(losses), losses[min(losses)])
+    assert saved()["best_val_loss"] == min(losses) and saved()["iter_num"] == 160
+
+
+def test_always_save_checkpoint_off_saves_only_better_models(tiny):
+    overfitted(tiny)
+    settings = dict(dataset="few", max_iters=200, lr_decay_iters=200, eval_interval=4)
+    process = start(tiny, always_save_checkpoint=False, **settings)
+    wait_for(process, "step 198/")
+    process.kill()
+    process.communicate()
+    assert saved()["iter_num"] == saved("best.pt")["iter_num"] < 190
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update(tiny):
+    run_steps(2)
+    parts = saved()
+    parts["model"]["transformer.ln_f.weight"][0] = math.nan
+    checkpoint.save("out/ckpt.pt", parts)
+    before = Path("out/ckpt.pt").read_bytes()
+    with pytest.raises(UserError, match="step 3.* loss .* nan.*learning_rate"):
+        run_tiny(init_from="resume")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_a_number_stops_it_too(tiny):
+    run_steps(2)
+    parts = saved()
+    parts["model"]["transformer.h.0.mlp.c_proj.weight"] *= 1e38     # its square is infinite
+    checkpoint.save("out/ckpt.pt", parts)
+    with pytest.raises(UserError, match="norm"):
+        run_tiny(init_from="resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits(tiny, number):
+    process = start(tiny, max_iters=100000, lr_decay_iters=100000)
+    wait_for(process, "step 10/")
+    process.send_signal(number)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopping" in out
+    assert "stopped on request at step" in out and "--init_from=resume goes on" in out
+    assert saved()["iter_num"] >= 10
+
+
+def test_a_second_signal_ends_the_process_at_once(tiny):
+    process = start(tiny, max_iters=100000, lr_decay_iters=100000,
+                    gradient_accumulation_steps=4001)
+    wait_for(process, "step 0: val loss")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "stopping")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT and not Path("out/ckpt.pt").exists()
+
+
+def kill_and_resume(folder, kills, seed=0):
+    """Kill -9 a run at random moments and resume it; it ends as the run that nobody killed."""
+    settings = dict(max_iters=100, lr_decay_iters=100, eval_interval=25, dropout=0.1,
+                    save_minutes=0.0, log_interval=1)
+    run_tiny(out_dir="out-whole", **settings)
+    rng, killed, init_from = random.Random(seed), 0, "scratch"
+    while killed < kills:
+        process = start(folder, out_dir="out-cut", init_from=init_from, **settings)
+        wait_for(process, "output ")
+        time.sleep(rng.uniform(0.0, 2.5))
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.communicate()
+        if not Path("out-cut/ckpt.pt").exists():
+            continue
+        init_from = "resume"
+        if saved(out_dir="out-cut")["iter_num"] == settings["max_iters"]:
+            assert same_run("out-cut", "out-whole")
+            for path in Path("out-cut").iterdir():      # finished: begin again
+                path.unlink()
+            init_from = "scratch"
+    run_tiny(out_dir="out-cut", init_from=init_from, **settings)
+    assert same_run("out-cut", "out-whole")
+
+
+def test_killed_at_any_moment_a_resumed_run_ends_the_same(tiny):
+    kill_and_resume(tiny, kills=2)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(tiny):
+    kill_and_resume(tiny, kills=20, seed=1)
+
+
+# what a run starts from
+
+def test_it_starts_from_a_folder_of_transformers_and_from_a_run(tiny):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_positions=32, n_embd=32, n_layer=2, n_head=2, activation_function="gelu")).eval()
+    theirs.save_pretrained("hf")
+    text = dict(dataset="tiny", vocab_size=50304)       # what counts is the model's 50,257
+    run_tiny(init_from="hf", out_dir="out-hf", max_iters=2, **text)
+    data = Dataset("data/tiny", "val", 16)
+    ids = torch.from_numpy(np.stack([data.window(k) for k in range(12)]).astype(np.int64))
+    with torch.no_grad():
+        loss = theirs(ids, labels=ids).loss.item()
+    assert log("out-hf")[0, "val_loss"] == pytest.approx(loss, abs=2e-4)
+    assert saved(out_dir="out-hf")["model_args"]["block_size"] == 16
+    run_tiny(init_from="out-hf", out_dir="out-more", max_iters=1, **text)
+    assert log("out-more")[0, "val_loss"] == pytest.approx(log("out-hf")[2, "val_loss"], abs=1e-6)
+    # with the settings that it was started with
+    run_tiny(init_from="resume", out_dir="out-hf", max_iters=4, **text)
+    assert saved(out_dir="out-hf")["iter_num"] == 4
+
+
+def test_the_checkpoint_has_nanogpts_keys_and_plain_contents(tiny):
+    run_tiny(max_iters=2)
+    parts = torch.load("out/ckpt.pt", weights_only=True)
+    assert ({"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
+            <= parts.keys())
+    assert parts["model_args"] == dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False,
+                                       vocab_size=64, dropout=0.0)

@@ -1,0 +1,90 @@
+"""A run of train.py that takes a tenth of a second, and what it leaves behind."""
+import gc
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+from conftest import PROJECT
+from onecard import checkpoint
+from onecard.runlog import read_log
+from train import TrainConfig
+
+TINY = dict(dataset="letters", vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32,
+            batch_size=4, gradient_accumulation_steps=2, max_iters=12, lr_decay_iters=12,
+            warmup_iters=2, learning_rate=1e-2, min_lr=1e-3, eval_interval=6, eval_iters=3,
+            device="cpu", dtype="float32", compile=False)
+MODERN = dict(position="rotary", norm="rmsnorm", qk_norm=True, mlp="swiglu", bias=False,
+              tie_word_embeddings=False, embed_norm=True, zero_init=True)
+MUON = dict(**MODERN, optimizer="muon", lr_schedule="wsd", cooldown=0.5, learning_rate=0.02,
+            min_lr=0.0, embedding_lr=0.05, momentum_warmup=4)
+
+
+def run_tiny(**settings):
+    """Train in this process. Leaves signals and garbage collection as they were."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    matplotlib = sys.modules.get("matplotlib")
+    sys.modules["matplotlib"] = None        # not installed: a picture takes as long as ten runs
+    try:
+        train.main(TrainConfig(**{**TINY, **settings}))
+    finally:
+        del sys.modules["matplotlib"]
+        if matplotlib:
+            sys.modules["matplotlib"] = matplotlib
+        gc.enable()
+        gc.unfreeze()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_steps(n, **settings):
+    """Train n steps of a longer run, and stop after each, as max_hours does."""
+    for step in range(n):
+        init_from = "resume" if step else "scratch"
+        run_tiny(**{"init_from": init_from, "max_hours": 1e-9, **settings})
+
+
+def arguments(**settings):
+    return [f"--{key}={value}" for key, value in {**TINY, **settings}.items()]
+
+
+def start(folder, **settings):
+    """Start train.py as a process of its own."""
+    command = [sys.executable, str(PROJECT / "train.py"), *arguments(**settings)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
+
+
+def wait_for(process, words):
+    """Read what a process prints until `words` come."""
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended without {words!r}")
+
+
+def log(out_dir="out"):
+    """The numbers of log.jsonl that do not depend on the clock, {(step, name): value}."""
+    names = ("train_loss", "val_loss", "lr", "grad_norm", "tokens", "epoch")
+    return {(entry["step"], name): entry[name] for entry in read_log(Path(out_dir, "log.jsonl"))
+            for name in names if name in entry}
+
+
+def saved(name="ckpt.pt", out_dir="out"):
+    return checkpoint.load(Path(out_dir, name))
+
+
+def weights(out_dir="out"):
+    return saved(out_dir=out_dir)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def same_run(a, b):
+    """Whether two runs have the same losses and ended with the same weights, bit for bit."""
+    return log(a) == log(b) and same(weights(a), weights(b))
