@@ -42,7 +42,8 @@ class PrepareConfig:
             raise UserError(f"val_fraction = {self.val_fraction} must be below 1, as it is a share")
         if self.val and self.val_fraction:
             raise UserError("--val names the text to validate on, --val_fraction draws it; set one")
-        if [bool(self.files), self.sample, self.download].count(True) > 1:
+        sources = [bool(self.files), self.sample, self.download]
+        if sum(sources) > 1:
             raise UserError("files, --sample and --download each bring the text; set one of them")
 
 
@@ -70,7 +71,7 @@ def describe_inputs(files, cfg):
 
 
 def identity(inputs):
-    """Two datasets for which this is equal have the same documents in each split."""
+    """Equal for two datasets that have the same documents in each split."""
     sources = [(source["sha256"], source["split"]) for source in inputs["sources"]]
     return sources, inputs["text_column"], inputs["seed"], inputs["val_fraction"]
 
@@ -97,7 +98,8 @@ def write_splits(files, cfg, share, writers, bar):
             bar.update(batch.text_bytes.sum())
     columns = documents.batches(files["train"], cfg.text_column, skipped)
     for batch in encoder.encode(columns, cfg):
-        # Hashes spread evenly over 0 to 2**64, and equal documents have equal ones.
+        # A hash is like a random number from 0 to 2**64, but equal documents have equal ones. So
+        # this draws `share` of the documents, and never puts a text into both splits.
         is_val = batch.hashes < np.uint64(share * 2**64)
         is_in_both = np.isin(batch.hashes, val_hashes)
         writers["val"].add(batch, is_val)

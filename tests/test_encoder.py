@@ -70,7 +70,8 @@ def test_all_letters_that_are_not_disputed_are_cut_as_tiktoken_cuts_them():
 
 
 def test_common_scripts_are_not_disputed_and_gigatoken_is_renewed(monkeypatch):
-    texts = column("Größe Рус 東京都の 한국어 ἀρχή عرب Tiếng हिन्दी ไทย 🙂 “quotes” 𝑥² \u0c05".split())
+    words = "Größe Рус 東京都の 한국어 ἀρχή عرب Tiếng हिन्दी ไทย 🙂 “quotes” 𝑥² \u0c05"
+    texts = column(words.split())
     assert encoder.disputed_documents(texts).tolist() == [12]
     gigatoken = encoder.Gigatoken()
     before = gigatoken.tokenizer
