@@ -22,7 +22,7 @@ NANOGPT_ARGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "drop
 @dataclass(frozen=True)
 class GPTConfig:
     block_size: int = 1024              # tokens of context
-    vocab_size: int = 50304             # rows of the embedding: GPT-2's 50,257 and padding to x 64
+    vocab_size: int = 50304             # rows of the embedding: GPT-2's 50,257, padded for speed
     n_layer: int = 12                   # blocks
     n_head: int = 12                    # attention heads in a block
     n_embd: int = 768                   # width: numbers that stand for one token
@@ -205,7 +205,7 @@ class GPT(nn.Module):
             matrix_std, residual_std, head_std = 0.55 / math.sqrt(c.n_embd), 0.0, 0.0
         embedding_std = 0.02
         if c.embed_norm and not c.tie_word_embeddings:
-            embedding_std = 1.0         # what the norm makes of it; a tied head needs small weights
+            embedding_std = 1.0         # a norm follows; a tied head would need small weights
 
         nn.init.normal_(self.transformer.wte.weight, std=embedding_std)
         if c.position == "learned":
@@ -215,7 +215,7 @@ class GPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=matrix_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
-            if c.qk_norm:               # 1.2 x 1.2: sharper attention (nanochat)
+            if c.qk_norm:               # together 1.44: sharper attention (nanochat)
                 nn.init.constant_(block.attn.q_norm.weight, 1.2)
                 nn.init.constant_(block.attn.k_norm.weight, 1.2)
         if not c.tie_word_embeddings:
@@ -225,7 +225,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(self, idx, cache=None):
-        """The input of lm_head for `idx` (B, T): (B, T, C). A `cache` holds the earlier tokens."""
+        """The final hidden states (B, T, C) of `idx` (B, T); lm_head makes logits of them.
+
+        A `cache` holds keys and values of the tokens before `idx`.
+        """
         T = idx.size(1)
         start = 0 if cache is None else cache.length
         assert start + T <= self.config.block_size, f"{start + T} tokens do not fit the context"
@@ -247,7 +250,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T) the mean cross-entropy in nats.
 
-        Targets of -1 do not count. The loss is computed in chunks: all logits never exist at once.
+        Targets of -1 do not count. The loss is computed chunk by chunk, so the logits of all tokens
+        are never in memory at the same time.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -302,6 +306,6 @@ class GPT(nn.Module):
 
 
 def open_model(name):
-    """(GPT on the CPU, a label, settings of its run as a dict); names as in checkpoint.read()."""
+    """(GPT on the CPU, a label to print, settings of its run); `name` as in checkpoint.read()."""
     parts, label = checkpoint.read(name)
     return GPT.from_checkpoint(parts), label, parts.get("config", {})

@@ -70,18 +70,18 @@ def describe_inputs(files, cfg):
             "val_fraction": cfg.val_fraction}
 
 
-def identity(inputs):
-    """Equal for two datasets that have the same documents in each split."""
+def comparison_key(inputs):
+    """What is equal for two datasets that have the same documents in each split."""
     sources = [(source["sha256"], source["split"]) for source in inputs["sources"]]
     return sources, inputs["text_column"], inputs["seed"], inputs["val_fraction"]
 
 
 def is_made_from(folder, inputs):
-    """True if `inputs` made what is in the folder. Raises UserError if something else did."""
+    """True if the folder was prepared from `inputs`. Raises UserError for other inputs."""
     if not datafiles.is_prepared(folder):
         return False
-    meta = datafiles.read_meta(folder)          # None: nanoGPT's scripts made it
-    if meta and identity(meta) == identity(inputs):
+    meta = datafiles.read_meta(folder)          # None: made by nanoGPT, nobody knows from what
+    if meta and comparison_key(meta) == comparison_key(inputs):
         return True
     raise UserError(f"{folder} was prepared from other files or with other settings; --force "
                     "replaces it, --dataset=NAME writes to another folder")

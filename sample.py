@@ -49,7 +49,7 @@ def read_start(start):
 
 
 def encode_prompt(text, vocabulary, config):
-    """The tokens of `text`, after the one that begins every document of the training data."""
+    """The tokens of `text`, after the token that begins each document of the training data."""
     ids = vocabulary.encode(text).tolist()
     is_gpt2 = isinstance(vocabulary, tokenizer.GPT2Tokenizer)
     if is_gpt2 or not ids:              # a model of characters begins after a new line

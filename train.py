@@ -36,9 +36,11 @@ class TrainConfig(GPTConfig):
     always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
     max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
-    init_from: str = "scratch"          # scratch; resume or FILE.pt: go on; gpt2 or RUN: weights
+    # scratch: a new model. resume: go on with the run in out_dir. FILE.pt: go on from this file.
+    # gpt2, or a folder of a run or of transformers: take its weights and begin at step 0
+    init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
-    force: bool = False                 # start even if the plan or a changed setting says no
+    force: bool = False                 # start even if the plan or the checkpoint does not fit
     # the plan
     dry_run: bool = False               # print the plan and exit; changes nothing on the disk
     device_name: str = ""               # dry_run: plan for this card, such as 'RTX 4070'
@@ -58,7 +60,7 @@ class TrainConfig(GPTConfig):
     bias: bool = False                  # biases in Linear and LayerNorm; False is faster, as good
     # optimizer
     optimizer: str = "adamw"            # adamw; muon: Muon for matrices, AdamW for the rest
-    learning_rate: float = 6e-4         # at its highest; muon wants about 0.02
+    learning_rate: float = 6e-4         # the highest rate; muon needs about 0.02
     max_iters: int = 600000             # steps in all
     weight_decay: float = 0.1           # of matrices; biases and norms have none
     beta1: float = 0.9                  # AdamW: decay of the average gradient
@@ -68,17 +70,17 @@ class TrainConfig(GPTConfig):
     lr_schedule: str = "cosine"         # cosine, or wsd: warm up, stay, cool down
     warmup_iters: int = 2000            # steps of linear warm-up
     lr_decay_iters: int = 600000        # cosine only: step that reaches min_lr; usually max_iters
-    cooldown: float = 0.4               # wsd only: share of max_iters, at the end, down to min_lr
+    cooldown: float = 0.4               # wsd only: the last share of max_iters falls to min_lr
     min_lr: float = 6e-5                # the last learning rate; usually a tenth of the highest
     # only for optimizer = 'muon'
-    embedding_lr: float = 0.25          # token embedding; times sqrt(768 / n_embd)
-    head_lr: float = 0.003              # head, also if it is tied; times sqrt(768 / n_embd)
-    scalar_lr: float = 0.006            # norms, biases and position embedding
-    embedding_weight_decay: float = 0.001   # token embedding
-    head_weight_decay: float = 0.01     # head
-    momentum: float = 0.95              # matrices; it starts at 0.85 and rises to this value
-    momentum_warmup: int = 300          # steps in which it rises
-    muon_beta2: float = 0.95            # NorMuon: equal size for all outputs of a matrix; 0 = off
+    embedding_lr: float = 0.25          # of the token embedding, times sqrt(768 / n_embd)
+    head_lr: float = 0.003              # of the head, also if it is tied; times sqrt(768 / n_embd)
+    scalar_lr: float = 0.006            # of norms, biases and the position embedding
+    embedding_weight_decay: float = 0.001   # of the token embedding
+    head_weight_decay: float = 0.01     # of the head
+    momentum: float = 0.95              # of the matrices; it rises from 0.85 to this value
+    momentum_warmup: int = 300          # steps in which the momentum rises
+    muon_beta2: float = 0.95            # makes the updates of all outputs equally large; 0 = off
     cautious: bool = True               # weight decay only where the update shrinks the weight
     # machine
     backend: str = "auto"               # of torchrun: nccl for CUDA, gloo otherwise
@@ -99,7 +101,7 @@ class TrainConfig(GPTConfig):
         if not self.dry_run and (self.device_name or self.n_tokens):
             raise UserError("device_name and n_tokens are for a plan; add --dry_run")
         if self.batch_size == 0 and self.tokens_per_step == 0:
-            usual = 12 * self.gradient_accumulation_steps * self.block_size     # nanoGPT's 12
+            usual = 12 * self.gradient_accumulation_steps * self.block_size
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
                             f"a step is. 12 windows x {self.gradient_accumulation_steps} x "
                             f"{self.block_size:,} are --tokens_per_step={usual}")
@@ -121,13 +123,13 @@ class TrainConfig(GPTConfig):
 # before the run
 
 def network_of(cfg, saved):
-    """The GPTConfig of the run: from the checkpoint `saved`, or a new one if that is None."""
+    """The GPTConfig of the run: from the checkpoint `saved` (a dict), or new if that is None."""
     if saved:
         return GPTConfig.from_checkpoint(saved, cfg.dropout, cfg.block_size)
     vocabulary = tokenizer.of_dataset(DATA / cfg.dataset)
     if isinstance(vocabulary, tokenizer.CharTokenizer):
         return GPTConfig.of(cfg, vocab_size=vocabulary.n_vocab)
-    return GPTConfig.of(cfg)            # GPT-2's ids; vocab_size has some rows more, for speed
+    return GPTConfig.of(cfg)
 
 
 def make_plan(cfg, network, saved, world, dtype):
@@ -146,11 +148,11 @@ def make_plan(cfg, network, saved, world, dtype):
                         f"cannot share in micro-batches of {cfg.batch_size}")
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
     run_plan = plan.Plan(cfg, size, machine, known_tokens)
-    if resume.goes_on(cfg):             # then only the rest of the steps costs time
+    if resume.goes_on(cfg):             # resume or FILE.pt: only the other steps cost time
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
     world.print(plan.text(run_plan))
-    reasons = plan.refusals(run_plan)   # why it cannot work: memory, disk
+    reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
         raise UserError(f"{'; '.join(reasons)}. --force starts it all the same")
     return cfg, run_plan
@@ -165,7 +167,7 @@ def evaluate(model, val_data, n_windows, batches, autocast):
     losses, counts = [], []
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
         loss = torch.zeros((), device=idx.device)
-        if n > 0:                       # else only the other ranks have windows left
+        if n > 0:                       # the last batches of a rank may have no windows
             with autocast:
                 loss = model(idx, targets)      # the mean over n windows
         losses.append(loss)
@@ -177,22 +179,25 @@ def evaluate(model, val_data, n_windows, batches, autocast):
     return (loss_sum / n_sum).item()
 
 
-def forward_backward(forward, batches, step, scaler, autocast):
+def forward_backward(ddp_model, batches, step, scaler, autocast):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
-    forward.zero_grad(set_to_none=True)         # gradients of a try that ran out of memory
+    ddp_model.zero_grad(set_to_none=True)       # a first call may have run out of memory half-way
     loss_sum = 0.0
-    for i, (idx, targets) in enumerate(batches.of_step(step)):
-        # several GPUs: DDP reads this, and exchanges gradients only in the last micro-batch
-        forward.require_backward_grad_sync = i == batches.per_step - 1
+    for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
+        # DDP exchanges gradients only where this is True: in the last micro-batch
+        ddp_model.require_backward_grad_sync = i == batches.per_step - 1
         with autocast:
-            loss = forward(idx, targets) / batches.per_step
+            loss = ddp_model(idx, targets) / batches.per_step
         scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
     return loss_sum
 
 
 def with_less_memory(compute, batches):
-    """compute(), and again with smaller micro-batches for as long as memory runs out."""
+    """compute(), and again with smaller micro-batches for as long as memory runs out.
+
+    `compute` reads the size of a micro-batch from `batches`. With several GPUs the run ends.
+    """
     while True:
         try:
             return compute()
@@ -201,7 +206,7 @@ def with_less_memory(compute, batches):
                 raise
         # not inside of except: the traceback would keep the tensors of what failed
         runtime.free_memory(batches.world.device)
-        batches.halve()                         # an error if it cannot be halved
+        batches.halve()                         # a UserError if that is impossible
         batches.world.print(f"out of memory: going on with {batches.size} windows at a time, "
                             "which changes no result")
 
@@ -235,8 +240,9 @@ def main(cfg):
     if cfg.dry_run:
         return
 
-    # data: an epoch shuffles all documents, joins them and cuts windows of block_size tokens. Which
-    # window is number i of the run follows from (seed, i) alone: to go on, the step is enough
+    # data: each epoch shuffles all documents again, joins them and cuts them into windows of
+    # block_size tokens. Window i of the run (i counts on over all epochs) depends only on seed and
+    # i. Step s takes the windows from s * windows_per_step on, so a resumed run needs only its step
     train_data = Dataset(DATA / cfg.dataset, "train", cfg.block_size, cfg.seed)
     val_data = Dataset(DATA / cfg.dataset, "val", cfg.block_size)
     n_val = min(cfg.eval_iters * cfg.batch_size, val_data.n_windows)
@@ -254,7 +260,7 @@ def main(cfg):
     progress = Progress()                       # step 0
     state = State(model, optimizer, scaler, progress, train_data.fingerprint)
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
-    if resume.goes_on(cfg):                     # optimizer, progress and random numbers, too
+    if resume.goes_on(cfg):                     # resume or FILE.pt: optimizer, step, random numbers
         resume.restore(state, saved, cfg, world)
     del saved                                   # as large as the model and its optimizer
     first_step = progress.step
@@ -267,20 +273,23 @@ def main(cfg):
     if cfg.compile:
         world.print("compiling the model (about a minute; kept in .cache/ for the next start)")
         model.compile(dynamic=False)            # in place: the weights keep their names
-    forward = runtime.distribute(model, world)  # the model, in DDP if there are several GPUs
+    ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     stop = runtime.stop_event()                 # set by the first Ctrl-C; a second one kills
     saved_time = time.time()
     gc.freeze()
-    gc.disable()                                # it would delay steps; resume.save() collects
+    gc.disable()                                # Python's garbage collector would delay steps
 
     while True:
         step = progress.step
-        trained, last = step > first_step, step >= cfg.max_iters
+        trained = step > first_step             # this process has done a step
+        last = step >= cfg.max_iters
 
-        # evaluate; where a run goes on, its step was evaluated before it was saved
+        # evaluate at the start, every eval_interval steps and at the end; not right after a resume,
+        # because that step was evaluated before it was saved
         due = last or step % cfg.eval_interval == 0
-        evaluates = cfg.eval_only or (due and (trained or step == 0))
+        just_resumed = step > 0 and not trained
+        evaluates = cfg.eval_only or (due and not just_resumed)
         improved = False
         if evaluates:
             val_loss = with_less_memory(
@@ -293,13 +302,13 @@ def main(cfg):
 
         # save ckpt.pt; copy it to best.pt, and before a cooldown to stable.pt
         out_of_time = trained and 0 < cfg.max_hours < log.hours_of_process()
-        ending = world.any(last or stop.is_set() or out_of_time)        # on one rank: on all
+        ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
         worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
         stable = optim.is_before_cooldown(step, cfg)
         overdue = time.time() - saved_time > 60 * cfg.save_minutes
         if trained and world.any(ending or worth_saving or stable or overdue):
             progress.hours = log.hours()
-            resume.save(state, cfg, world, improved, stable)
+            resume.save(state, cfg, world, is_best=improved, is_stable=stable)
             saved_time = time.time()
         if ending:
             break
@@ -308,7 +317,7 @@ def main(cfg):
         started = time.time()
         lr = optim.set_rates(optimizer, step, cfg)
         loss = with_less_memory(
-            partial(forward_backward, forward, batches, step, scaler, autocast), batches)
+            partial(forward_backward, ddp_model, batches, step, scaler, autocast), batches)
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

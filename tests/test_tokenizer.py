@@ -31,17 +31,15 @@ def test_ids_are_gpt2s_and_decode_back_and_none_is_the_end_of_text(reference):
         assert ids.dtype == np.uint16 and ids.tolist() == reference.encode_ordinary(text)
         assert GPT2Tokenizer().decode_bytes(ids).decode() == text and END_OF_TEXT not in ids
     assert GPT2Tokenizer().decode_bytes([END_OF_TEXT]) == b"<|endoftext|>"
-    half_a_surrogate_pair = GPT2Tokenizer().encode("a\ud800b")
-    assert GPT2Tokenizer().decode_bytes(half_a_surrogate_pair) == b"a?b"
+    assert GPT2Tokenizer().decode_bytes(GPT2Tokenizer().encode("a\ud800b")) == b"a?b"
 
 
 @pytest.mark.parametrize("before, gap, after", [
-    ("a", " ", "b"), ("", "\n", "b"), ("a", " ", ""), ("a\n", "\u3000", "b"), ("a", " ", "\x1c")])
+    ("a", " ", "b"), ("", "\n", "b"), ("a\n", "\u3000", "b"), ("a", " ", "\x1c")])
 def test_white_space_beyond_tiktokens_stack_is_cut_where_gpt2_cuts(reference, before, gap, after):
-    ids = GPT2Tokenizer().encode(before + gap * 1_100_000 + after)
-    assert GPT2Tokenizer().decode_bytes(ids).decode() == before + gap * 1_100_000 + after
-    short = reference.encode_ordinary(before + gap * 2000 + after)
-    assert ids[:2].tolist() == short[:2] and ids[-2:].tolist() == short[-2:]
+    for encode, n in (reference.encode_ordinary, 2000), (GPT2Tokenizer().encode, 1_100_000):
+        pieces = [*encode(before + gap * (n - 1)), *encode(gap + after)]
+        assert list(encode(before + gap * n + after)) == pieces
 
 
 def test_a_changed_vocabulary_is_one_sentence(work, monkeypatch):
