@@ -5,13 +5,14 @@
     python export.py --out_dir=out --to=my-gpt --format=gguf    # for llama.cpp and Ollama
 
 What is written is opened again and compared with the model before it gets its name. Needs
-`pip install transformers gguf`.
+`pip install "transformers>=5" gguf`.
 """
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import open_model
@@ -19,14 +20,15 @@ from onecard import checkpoint, gguf, pretrained, tokenizer
 from onecard.settings import UserError, configure_and_run, one_of
 
 TOLERANCE = 1e-4                    # between logits in fp32, as a share of the largest
+CHECKED_IDS = 1_000_000             # of the run's own text, which the tokenizer must make, too
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT with {size:.1f} M parameters, trained on {dataset}. It continues text, and nobody taught it to
-answer or to refuse. Begin each text with `<|endoftext|>`, as in training:
+A GPT with {size:.1f} M parameters, trained on {dataset}. It continues text. Nobody
+taught it to answer or to refuse. Begin each text with `<|endoftext|>`, as in training:
 
     from transformers import pipeline
     print(pipeline("text-generation", "THIS FOLDER")("<|endoftext|>The function returns"))
@@ -57,16 +59,32 @@ def write_hf(folder, theirs, card):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def check_hf(folder, model):
+def check_hf(folder, model, dataset):
     """Open the folder as a user does, and compare it with `model`. Returns what was compared."""
     transformers = pretrained.import_package("transformers", "--format=hf")
     difference = compare(model, transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
-    # the text of the whole vocabulary
-    text = tokenizer.gpt2().decode(range(tokenizer.END_OF_TEXT))
     encode = transformers.AutoTokenizer.from_pretrained(folder)
-    if encode(text, verbose=False)["input_ids"] != tokenizer.GPT2Tokenizer().encode(text).tolist():
-        raise RuntimeError("the exported tokenizer makes other tokens; nothing is written")
-    return f"logits differ by {difference:.0e} at most, the tokenizer makes the same tokens"
+    encode.model_max_length = CHECKED_IDS       # or it warns of long texts
+    n_ids = 0
+    for document in own_documents(dataset):
+        text = tokenizer.gpt2().decode(document)
+        # as plain text, "<|endoftext|>" is the special token there
+        if "<|endoftext|>" not in text and encode(text)["input_ids"] != document:
+            raise UserError(f"data/{dataset} has other tokens than GPT-2's tokenizer makes, so "
+                            "other programs cannot use this model; nothing is written")
+        n_ids += len(document)
+    return f"logits differ by {difference:.0e} at most, {n_ids:,} tokens of its text are the same"
+
+
+def own_documents(dataset):
+    """The ids of some documents of data/<dataset>/val.bin, lists; none if it is not on the disk."""
+    path = Path("data") / dataset / "val.bin"
+    if not path.is_file():
+        return []
+    ids = np.fromfile(path, np.uint16, count=CHECKED_IDS)
+    starts = np.flatnonzero(ids == tokenizer.END_OF_TEXT)
+    return [ids[begin + 1:end].tolist()
+            for begin, end in zip(starts[:-1], starts[1:], strict=True)]
 
 
 @torch.inference_mode()
@@ -106,10 +124,10 @@ def main(cfg):
         folder = Path(beside) / to.name
         folder.mkdir()
         if cfg.format == "hf":
-            dataset = settings.get("dataset", "unknown text")
+            dataset = settings.get("dataset", "")
             name = Path(source).resolve().name
             write_hf(folder, theirs, CARD.format(name=name, size=size, dataset=dataset))
-            report = check_hf(folder, model)
+            report = check_hf(folder, model, dataset)
         else:
             compare(model, theirs)
             gguf.write(folder, theirs)

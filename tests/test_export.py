@@ -123,7 +123,7 @@ def test_llama_cpp_continues_as_the_model_does(exports, work, family):
     assert [END_OF_TEXT, *words] == greedy(model, 64)[0].tolist()
 
 
-def test_what_differs_from_the_model_is_refused(exports, work):
+def test_what_differs_from_the_model_is_refused(exports, tiny):
     model = open_model(exports / "out-qwen3")[0].eval()
     theirs = pretrained.to_transformers(model.config, model.state_dict())
     theirs.model.layers[1].self_attn.k_proj.weight.data[0, 0] += 1
@@ -131,12 +131,14 @@ def test_what_differs_from_the_model_is_refused(exports, work):
         gguf.check(exports / "gguf", theirs)
     with pytest.raises(RuntimeError, match="gives other logits: they differ by .*nothing"):
         export.compare(model, theirs)
-    path = shutil.copytree(exports / "hf-qwen3", work / "changed") / "tokenizer.json"
+    report = export.check_hf(exports / "hf-qwen3", model, "tiny")
+    assert "tokens of its text are the same" in report and " 0 tokens" not in report
+    path = shutil.copytree(exports / "hf-qwen3", tiny / "changed") / "tokenizer.json"
     content = json.loads(path.read_text("utf-8"))
     del content["model"]["merges"][:20]
     path.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(RuntimeError, match="tokenizer makes other tokens; nothing is written"):
-        export.check_hf(work / "changed", model)
+    with pytest.raises(UserError, match="data/tiny has other tokens than .*nothing is written"):
+        export.check_hf(tiny / "changed", model, "tiny")
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
