@@ -19,6 +19,8 @@ import sys
 import types
 from pathlib import Path
 
+from tqdm import tqdm
+
 from onecard.files import write_text
 
 
@@ -159,7 +161,8 @@ def configure_and_run(main, cls, doc):
     try:
         main(configure(cls, sys.argv[1:], doc))
     except UserError as error:
-        sys.exit(f"{script}: {error}")
+        tqdm.write(f"{script}: {error}", file=sys.stderr)       # not into a progress bar
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(f"\n{script}: stopped")
 
