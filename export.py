@@ -17,6 +17,7 @@ import torch
 
 from model import open_model
 from onecard import checkpoint, gguf, pretrained, tokenizer
+from onecard.datafiles import DATA
 from onecard.settings import UserError, configure_and_run, one_of
 
 TOLERANCE = 1e-4                    # between logits in fp32, as a share of the largest
@@ -78,7 +79,7 @@ def check_hf(folder, model, dataset):
 
 def own_documents(dataset):
     """The ids of some documents of data/<dataset>/val.bin, lists; none if it is not on the disk."""
-    path = Path("data") / dataset / "val.bin"
+    path = DATA / dataset / "val.bin"
     if not path.is_file():
         return []
     ids = np.fromfile(path, np.uint16, count=CHECKED_IDS)

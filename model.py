@@ -40,8 +40,8 @@ class GPTConfig:
     rope_theta: float = 10000.0         # rotary: the slowest pair turns once in 2 pi x this
 
     def __post_init__(self):
-        at_least(1, self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        at_least(0, self, "n_inner", "rope_theta")
+        at_least(1, self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "rope_theta")
+        at_least(0, self, "n_inner")
         one_of(self, position=("learned", "rotary"), norm=("layernorm", "rmsnorm"),
                mlp=("gelu", "gelu_tanh", "swiglu"))
         if self.n_embd % self.n_head:

@@ -4,7 +4,7 @@
     python plot.py out-a out-b                      # both, into loss.png
     python plot.py out-a out-b --to=both.svg
 
-Needs matplotlib. train.py draws the same picture of its run after each evaluation.
+Needs matplotlib. train.py draws the same picture of its run while it trains.
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -18,6 +18,7 @@ import torch
 
 from model import open_model
 from onecard import checkpoint, runtime, tokenizer
+from onecard.datafiles import DATA
 from onecard.generate import DrawConfig, generate
 from onecard.settings import UserError, at_least, configure_and_run
 
@@ -119,7 +120,7 @@ def main(cfg):
     if name == "resume":
         name = checkpoint.run_folder(cfg.out_dir)
     model, label, settings = open_model(name)   # settings: those of its training run
-    vocabulary = tokenizer.of_dataset(Path("data") / settings.get("dataset", ""))
+    vocabulary = tokenizer.of_dataset(DATA / settings.get("dataset", ""))
     print(f"{label}, {runtime.device_name(device)}, {dtype}")
     # cuDNN's attention prepares itself for each new length: 40 ms a token on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -155,6 +155,8 @@ def make_plan(cfg, network, saved, world, dtype):
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
         raise UserError(f"{'; '.join(reasons)}. --force starts it all the same")
+    for reason in reasons:
+        world.print(f"warning    {reason}")
     return cfg, run_plan
 
 

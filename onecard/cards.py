@@ -1,6 +1,5 @@
 """Which machine is it? The table of graphics cards, and what a run may use of one."""
 import difflib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +96,7 @@ class Machine:
 
 def machine_of(device, dtype, count=1):
     """This Machine, with the memory that is free now."""
-    name = runtime.device_name(device)
-    room, _ = runtime.memory(device) or (math.inf, math.inf)
+    name, room = runtime.device_name(device), runtime.free_bytes(device)
     if device.type == "cuda":
         room -= KERNEL_BYTES
     return Machine(name, device.type, dtype, room, find(name), count)

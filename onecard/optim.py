@@ -76,6 +76,9 @@ def adamw_groups(model, cfg):
 def load_state(optimizer, state):
     """Load averages and step counts from a checkpoint. Rates, betas and decay stay today's."""
     if isinstance(optimizer, MuonAndAdamW):
+        if "muon" not in state:
+            raise UserError("this checkpoint was made by another version, and the state of its "
+                            "Muon is no longer read; --init_from=FOLDER begins with its weights")
         load_state(optimizer.muon, state["muon"])
         load_state(optimizer.adamw, state["adamw"])
     else:
@@ -193,6 +196,7 @@ class Muon(torch.optim.Optimizer):
                     decay = decay * (W * U > 0)
                 W.mul_(1 - decay)
                 W.add_(U, alpha=-rate)
+            del X, U                    # before the next group makes its stack
 
 
 class MuonAndAdamW:

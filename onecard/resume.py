@@ -74,7 +74,8 @@ def check_same_run(state, parts, cfg):
     config_class = type(state.model.config)
     ours = {**asdict(config_class.of(cfg)), "optimizer": cfg.optimizer}
     theirs = {**asdict(config_class(**parts["model_args"])), "optimizer": "adamw"}
-    theirs |= {name: saved[name] for name in theirs if name in saved}
+    # the first version saved None for a setting that was derived from others
+    theirs |= {name: saved[name] for name in theirs if saved.get(name) is not None}
     for name in ("dropout", "vocab_size"):      # may change; a character dataset has its own
         del ours[name]
     refuse(differences(theirs, ours), "Give the settings of that run, or another --out_dir")

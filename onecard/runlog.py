@@ -162,7 +162,8 @@ class RunLog:
         self.draw()
         reason, advice = "stopped on request", "--init_from=resume goes on"
         if progress.step >= self.cfg.max_iters:
-            reason, advice = "finished", f"`python sample.py --out_dir={self.out_dir}` samples"
+            reason = "finished"
+            advice = f"`python sample.py --out_dir={self.out_dir}` lets it write"
         elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
         print(f"{reason} at step {progress.step:,} after {self.hours():.2f} hours, best val loss "

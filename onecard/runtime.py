@@ -1,6 +1,7 @@
 """Where does this process run? Ranks, device, dtype, memory, random state, and Ctrl-C."""
 import contextlib
 import gc
+import math
 import os
 import platform
 import signal
@@ -186,18 +187,18 @@ def device_name(device):
     return f"{name} ({device.type}, {torch.get_num_threads()} threads)"
 
 
-def memory(device):
-    """(free, all) bytes of the device's memory, of the computer's on a CPU; None if unknown."""
+def free_bytes(device):
+    """What is free of the device's memory, or of the computer's on a CPU; inf if unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
     if device.type == "mps":
-        limit = torch.mps.recommended_max_memory()
-        return limit - torch.mps.driver_allocated_memory(), limit
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
-        return None
+        return math.inf
     kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
-    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+    return kib["MemAvailable"] * 1024
 
 
 def is_out_of_memory(error):

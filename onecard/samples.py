@@ -27,7 +27,7 @@ def download_fineweb():
         path = hub.hf_hub_download(REPOSITORY, FILE, repo_type="dataset", local_dir=unfinished)
     except Exception as error:          # of several libraries: no network, a full disk
         raise UserError(f"the download of {FILE} failed ({error}). It needs the network and `pip "
-                        "install huggingface_hub`; the same command goes on with it") from None
+                        "install huggingface_hub`; the same command tries again") from None
     replace(path, FINEWEB)
     shutil.rmtree(unfinished)
 

@@ -1,4 +1,5 @@
 """What the tests share: a folder to work in, documents, parquet files, small datasets, scripts."""
+import contextlib
 import gc
 import os
 import random
@@ -74,15 +75,17 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-@pytest.fixture
-def restored():
+@contextlib.contextmanager
+def restoring():
     """Afterwards, signals and garbage collection are as they were before a run of train.py."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    gc.enable()
-    gc.unfreeze()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

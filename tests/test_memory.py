@@ -90,7 +90,9 @@ def test_batch_size_0_takes_what_fits_and_reads_the_same_windows(tiny):
     assert saved()["config"]["batch_size"] == 8
 
 
-def test_what_does_not_fit_is_refused_with_what_does_unless_forced(tiny):
+def test_what_does_not_fit_is_refused_unless_forced_and_a_dry_run_warns(tiny, capsys):
     huge = dict(batch_size=1, block_size=16, n_embd=32 * 1024, n_head=32, n_layer=100, max_iters=1)
     with pytest.raises(UserError, match="needs .* GiB of memory.*--force starts it all the same"):
         run_tiny(**huge)
+    run_tiny(**huge, dry_run=True)
+    assert "warning    batch_size = 1 needs" in capsys.readouterr().out

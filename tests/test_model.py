@@ -244,6 +244,7 @@ def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work
     (dict(n_layer=0), "n_layer = 0 must be at least 1"),
     (dict(n_head=7), "n_embd = 64 does not divide into n_head = 7 heads; use a multiple of 7"),
     (dict(n_embd=60, position="rotary"), "rotary positions need an even n_embd / n_head, not 15"),
+    (dict(rope_theta=0.0), "rope_theta = 0.0 must be at least 1"),
     (dict(dropout=1.5), "dropout = 1.5 is a probability")])
 def test_a_network_that_cannot_be_is_named(changes, sentence):
     with pytest.raises(UserError, match=sentence):

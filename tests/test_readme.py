@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import PROJECT, documents, run, write_parquet
+from conftest import PROJECT, documents, restoring, run, write_parquet
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -52,7 +52,7 @@ def small(command):
     return words
 
 
-def test_every_other_command_of_the_readme_works(work, restored):
+def test_every_other_command_of_the_readme_works(work):
     """In their order, in one folder, as somebody types them who reads from top to bottom."""
     write_parquet("data/fineweb_one_shard/000_00000.parquet", documents(400))
     write_parquet("my.parquet", documents(300, seed=1), column="content")
@@ -67,7 +67,8 @@ def test_every_other_command_of_the_readme_works(work, restored):
             command[command.index("train.py")] = str(PROJECT / "train.py")
             subprocess.run([sys.executable, *command[1:]], check=True)
         elif "--interactive" not in command and "--help" not in command:    # see their own tests
-            run(importlib.import_module(command[1].removesuffix(".py")), *command[2:])
+            with restoring():
+                run(importlib.import_module(command[1].removesuffix(".py")), *command[2:])
         n_run += 1
     assert n_run >= 15
 

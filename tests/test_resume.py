@@ -36,15 +36,16 @@ from train import TrainConfig
     ids=["plain", "dropout", "fp16", "muon"])
 def test_a_run_that_stopped_after_every_step_is_the_uninterrupted_run(tiny, settings):
     run_tiny(out_dir="out-whole", **settings)
-    for _ in range(12):
+    for step in range(12):
         torch.rand(100)                 # the generator of another process has another state
-        init_from = "resume" if Path("out-cut").exists() else "scratch"
+        init_from = "resume" if step else "scratch"
         run_tiny(out_dir="out-cut", init_from=init_from, max_hours=1e-9, **settings)
+        assert saved(out_dir="out-cut")["iter_num"] == step + 1
     assert same_run("out-cut", "out-whole")
     a, b = (saved(out_dir=f"out-{name}") for name in ("cut", "whole"))
     assert str(a["optimizer"]) == str(b["optimizer"])
     assert torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
-    assert a["best_val_loss"] == b["best_val_loss"]
+    assert a["best_val_loss"] == b["best_val_loss"] and a["scaler"] == b["scaler"]
 
 
 def test_a_run_resumes_over_the_end_of_an_epoch(tiny):
@@ -108,6 +109,23 @@ def test_going_on_with_something_else_is_an_error_that_names_it(tiny, change, wo
         assert saved()["iter_num"] == 12
 
 
+def test_a_gpt2_of_the_first_version_goes_on_and_its_muon_is_one_sentence(tiny):
+    """It saved None for the settings that were derived from others."""
+    run_tiny(out_dir="out-whole")
+    run_steps(2)
+    parts = saved()
+    parts["config"] |= {"block": "gpt2", "position": None, "norm": None, "qk_norm": None}
+    checkpoint.save("out/ckpt.pt", parts)
+    run_tiny(init_from="resume")
+    assert same_run("out", "out-whole")
+    run_steps(2, out_dir="out-muon", **MUON)
+    parts = saved(out_dir="out-muon")
+    parts["optimizer"] = {"state": {}, "param_groups": []}
+    checkpoint.save("out-muon/ckpt.pt", parts)
+    with pytest.raises(UserError, match="made by another version.* Muon is no longer read"):
+        run_tiny(init_from="resume", out_dir="out-muon", **MUON)
+
+
 def test_resuming_nothing_is_named(tiny):
     with pytest.raises(UserError, match="out/ckpt.pt does not exist"):
         run_tiny(init_from="resume")
@@ -131,6 +149,16 @@ def test_a_wsd_run_that_is_lengthened_is_the_longer_run(tiny, settings, out_dir)
     best = saved("best.pt", out_dir)["best_val_loss"]
     if out_dir == "out":                # the best of both, and never a worse one than before
         assert best <= finished["best_val_loss"] and longer == whole
+
+
+def test_best_pt_of_a_finished_run_stays_until_the_longer_run_is_better(tiny):
+    settings = dict(lr_schedule="wsd", cooldown=0.5)
+    run_tiny(**settings)
+    finished = saved("best.pt")
+    assert finished["best_val_loss"] < saved("stable.pt")["best_val_loss"]
+    run_tiny(init_from="out/stable.pt", max_iters=20, max_hours=1e-9, **settings)
+    assert saved()["iter_num"] == 7
+    assert saved()["best_val_loss"] == finished["best_val_loss"]
 
 
 def test_a_run_that_cools_down_is_not_lengthened_in_the_middle(tiny):

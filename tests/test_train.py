@@ -178,7 +178,8 @@ def test_two_processes_give_the_losses_of_one(tiny, settings):
     assert sum(process.stdout.count("step 0: val loss") for process in done) == 1
     a, b = weights("out-one"), weights("out-two")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-    assert len(saved(out_dir="out-two")["rng"]) == 2
+    first, second = saved(out_dir="out-two")["rng"]
+    assert not torch.equal(first["cpu"], second["cpu"])     # dropout differs between ranks
 
 
 def test_a_step_that_the_processes_cannot_share_is_named(tiny):

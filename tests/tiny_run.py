@@ -1,6 +1,4 @@
 """A run of train.py that takes a tenth of a second, and what it leaves behind."""
-import gc
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +6,7 @@ from pathlib import Path
 import torch
 
 import train
-from conftest import PROJECT
+from conftest import PROJECT, restoring
 from onecard import checkpoint
 from onecard.runlog import read_log
 from train import TrainConfig
@@ -24,20 +22,16 @@ MUON = dict(**MODERN, optimizer="muon", lr_schedule="wsd", cooldown=0.5, learnin
 
 
 def run_tiny(**settings):
-    """Train in this process. Leaves signals and garbage collection as they were."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    """Train in this process."""
     matplotlib = sys.modules.get("matplotlib")
     sys.modules["matplotlib"] = None        # not installed: a picture takes as long as ten runs
     try:
-        train.main(TrainConfig(**{**TINY, **settings}))
+        with restoring():
+            train.main(TrainConfig(**{**TINY, **settings}))
     finally:
         del sys.modules["matplotlib"]
         if matplotlib:
             sys.modules["matplotlib"] = matplotlib
-        gc.enable()
-        gc.unfreeze()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def run_steps(n, **settings):
@@ -45,6 +39,7 @@ def run_steps(n, **settings):
     for step in range(n):
         init_from = "resume" if step else "scratch"
         run_tiny(**{"init_from": init_from, "max_hours": 1e-9, **settings})
+        assert saved(out_dir=settings.get("out_dir", "out"))["iter_num"] == step + 1
 
 
 def arguments(**settings):
@@ -69,8 +64,13 @@ def wait_for(process, words):
 def log(out_dir="out"):
     """The numbers of log.jsonl that do not depend on the clock, {(step, name): value}."""
     names = ("train_loss", "val_loss", "lr", "grad_norm", "tokens", "epoch")
-    return {(entry["step"], name): entry[name] for entry in read_log(Path(out_dir, "log.jsonl"))
-            for name in names if name in entry}
+    numbers = {}
+    for entry in read_log(Path(out_dir, "log.jsonl")):
+        for name in names:
+            if name in entry:
+                assert (entry["step"], name) not in numbers, "logged twice"
+                numbers[entry["step"], name] = entry[name]
+    return numbers
 
 
 def saved(name="ckpt.pt", out_dir="out"):
