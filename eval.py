@@ -160,8 +160,7 @@ def main(cfg):
         names = [checkpoint.run_folder(cfg.out_dir)]
     models = [open_model(name) for name in names]   # (model, label, settings of its run) of each
     _, _, first_settings = models[0]
-    dataset = cfg.dataset or first_settings.get("dataset", "fineweb")
-    folder = DATA / dataset
+    folder = DATA / (cfg.dataset or first_settings.get("dataset", "fineweb"))
     documents, n_bytes = read_documents(cfg, folder, models)
     n_tokens = np.array([len(ids) - 1 for ids in documents])    # nothing predicts the first one
 
