@@ -18,7 +18,7 @@ import torch
 from model import open_model
 from onecard import checkpoint, gguf, pretrained, tokenizer
 from onecard.datafiles import DATA
-from onecard.settings import UserError, configure_and_run, one_of
+from onecard.settings import UserError, configure_and_run, import_package, one_of
 
 TOLERANCE = 1e-4                    # between logits in fp32, as a share of the largest
 CHECKED_IDS = 1_000_000             # of the run's own text, which the tokenizer must make, too
@@ -53,7 +53,7 @@ class ExportConfig:
 def write_hf(folder, theirs, card):
     """Write `theirs`, from pretrained.to_transformers, with GPT-2's tokenizer to `folder`."""
     theirs.save_pretrained(folder)
-    transformers = pretrained.import_package("transformers", "--format=hf")
+    transformers = import_package("transformers", "--format=hf")
     tokens, merges = gguf.vocabulary()
     context = theirs.config.max_position_embeddings
     transformers.GPT2Tokenizer(tokens, merges, model_max_length=context).save_pretrained(folder)
@@ -62,7 +62,7 @@ def write_hf(folder, theirs, card):
 
 def check_hf(folder, model, dataset):
     """Open the folder as a user does, and compare it with `model`. Returns what was compared."""
-    transformers = pretrained.import_package("transformers", "--format=hf")
+    transformers = import_package("transformers", "--format=hf")
     difference = compare(model, transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
     encode = transformers.AutoTokenizer.from_pretrained(folder)
     encode.model_max_length = CHECKED_IDS       # or it warns of long texts

@@ -34,6 +34,18 @@ def is_prepared(folder):
     return (Path(folder) / "train.bin").is_file()
 
 
+def folder_of(dataset):
+    """The folder that a `dataset` setting means: a name under data/, or a prepared folder."""
+    path = Path(dataset)
+    is_name = path.parts and not path.is_absolute() and ".." not in path.parts
+    if is_name and (is_prepared(DATA / path) or not is_prepared(path)):
+        return DATA / path
+    if dataset and is_prepared(path):
+        return path
+    raise UserError(f"dataset = {dataset!r} must be a name under {DATA}/, or the path of a folder "
+                    "that holds a train.bin")
+
+
 def read_meta(folder):
     """The dict of meta.json, or None for a folder without one, as nanoGPT's scripts leave it."""
     path = Path(folder) / "meta.json"

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from onecard.settings import UserError
+
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -17,6 +19,8 @@ def written_beside(path):
     """
     path = Path(path)
     beside = path.with_name(path.name + ".new")
+    # a killed process may have left it, perhaps as a second name of a file that must stay
+    beside.unlink(missing_ok=True)
     try:
         yield beside
     except BaseException:
@@ -47,6 +51,38 @@ def write_text(path, text):
     """Write `text` to `path`, atomically."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def lock(folder, what):
+    """Keep other processes from `what` in this folder until this one ends, even by a kill.
+
+    The second process gets a UserError. Reading the folder stays possible.
+    """
+    if os.name != "posix":              # Windows does not replace or remove a file in use
+        return None
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)       # not inherited by other programs
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another process is {what} in {folder}; wait until it ends, or use "
+                        "another folder") from None
+    except OSError:                     # some network disks have no locks
+        pass
+    return handle
+
+
+def unlock(handle):
+    if handle is not None:
+        os.close(handle)
+
+
+def text_encoding(first_bytes):
+    """The name of a text's encoding: UTF-16 if it begins with that mark, else UTF-8."""
+    if first_bytes[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    return "utf-8-sig"                  # without the mark that some programs write
 
 
 def sha256(path):

@@ -4,7 +4,8 @@ The file holds the weights in fp32, the shape of the network, and GPT-2's vocabu
 """
 import numpy as np
 
-from onecard.pretrained import import_package, transposed
+from onecard.pretrained import transposed
+from onecard.settings import import_package
 from onecard.tokenizer import END_OF_TEXT, VOCABULARY
 
 MODELFILE = '''FROM ./model.gguf

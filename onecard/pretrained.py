@@ -3,12 +3,10 @@
 Our GPT-2 is GPT2LMHeadModel there, the network of config/modern.py is Qwen3ForCausalLM. Both hold
 the same numbers under other names. This needs transformers 5.
 """
-import importlib
-
 import torch
 from torch.nn import functional as F
 
-from onecard.settings import UserError
+from onecard.settings import UserError, import_package
 from onecard.tokenizer import END_OF_TEXT
 
 # our settings, and their names for them; a GPT2Config knows these names, too
@@ -39,14 +37,6 @@ QWEN3_BLOCK = {
     "attn.c_proj": ["self_attn.o_proj"],
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
 }
-
-
-def import_package(name, purpose):
-    """The optional package `name`, or a UserError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{purpose} needs {name} ({error}): pip install {name}") from error
 
 
 def read(name):

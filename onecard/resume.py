@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from onecard import checkpoint, optim, runtime
-from onecard.settings import UserError, write_config_file
+from onecard.files import write_text
+from onecard.settings import UserError, config_text
 
 
 @dataclass
@@ -65,7 +66,7 @@ def make_folder(cfg):
     if not same_run(cfg):
         for name in (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl"):
             (out_dir / name).unlink(missing_ok=True)
-    write_config_file(out_dir / "config.py", cfg)
+    write_text(out_dir / "config.py", config_text(cfg))
 
 
 def check_same_run(state, parts, cfg):

@@ -10,9 +10,13 @@ A config file is Python that leaves `key = value` lines behind. It may import an
 that start with an underscore are its own. The command line wins over files, and later files win
 over earlier ones.
 """
+import contextlib
 import dataclasses
 import difflib
+import importlib
 import inspect
+import math
+import os
 import re
 import runpy
 import sys
@@ -21,8 +25,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from onecard.files import write_text
-
 
 class UserError(ValueError):
     """A mistake that a user can mend. Scripts print it as one sentence, without a traceback."""
@@ -30,10 +32,17 @@ class UserError(ValueError):
 
 def at_least(minimum, settings, *names):
     """Raise UserError unless each of these settings is `minimum` or more."""
+    in_range(minimum, math.inf, settings, *names)
+
+
+def in_range(minimum, maximum, settings, *names):
+    """Raise UserError unless each of these settings is from `minimum` to `maximum`."""
     for name in names:
         value = getattr(settings, name)
         if not value >= minimum:        # written so that nan fails, too
-            raise UserError(f"{name} = {value} must be at least {minimum}")
+            raise UserError(f"{name} = {value} must be at least {minimum:,}")
+        if value > maximum:
+            raise UserError(f"{name} = {value} must be at most {maximum:,}")
 
 
 def one_of(settings, **choices):
@@ -42,6 +51,20 @@ def one_of(settings, **choices):
         value = getattr(settings, name)
         if value not in known:
             raise UserError(f"{name} = {value!r}; use {' or '.join(known)}")
+
+
+def import_package(name, purpose):
+    """The optional package `name`, or a UserError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:          # it is installed, and something that it needs is not
+            raise UserError(f"{purpose} needs {name}, which is installed, but does not work: "
+                            f"{error}") from error
+        raise UserError(f"{purpose} needs {name}: pip install {name}") from None
+    except Exception as error:          # a broken package can raise anything
+        raise UserError(f"{purpose} needs {name}, which is installed, but does not work: "
+                        f"{error}") from error
 
 
 def configure(cls, argv, doc=""):
@@ -137,6 +160,8 @@ def parse_number(text):
 
 def check_type(value, field, source):
     """`value` in the type of `field`. An int may stand for a float, and 1e5 for an int."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source}: {field.name} must be a finite number")
     if type(value) is field.type:
         return value
     if field.type is float and type(value) is int:
@@ -147,21 +172,61 @@ def check_type(value, field, source):
                     f"not {type(value).__name__}")
 
 
-def write_config_file(path, cfg):
-    """Write every setting of `cfg` as a config file that gives the same `cfg` again."""
-    lines = [f"{f.name} = {getattr(cfg, f.name)!r}\n" for f in dataclasses.fields(cfg)]
-    write_text(path, "".join(lines))
+def config_text(cfg):
+    """Every setting of `cfg`, as the text of a config file that gives the same `cfg` again."""
+    return "".join(f"{f.name} = {getattr(cfg, f.name)!r}\n" for f in dataclasses.fields(cfg))
+
+
+class Console:
+    """stdout or stderr, which drops what it cannot print: no print may end hours of training.
+
+    A terminal can be closed, a pipe can lose its reader, and a disk can be full.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def open_consoles():
+    """Make print() safe, also where the shell closed a stream."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:                 # else the next file of the run would get this number, and
+            os.open(os.devnull, os.O_RDWR)      # what a library prints would land in it
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        # print line by line into a pipe, and "?" for a letter that the console does not have
+        stream.reconfigure(line_buffering=True, errors="replace")
+        setattr(sys, name, Console(stream))
 
 
 def configure_and_run(main, cls, doc):
-    """Run a script. A UserError becomes one sentence; any other error keeps its traceback."""
+    """Run a script. What a user can mend becomes one sentence; a bug keeps its traceback."""
     script = Path(sys.argv[0]).name
-    # print line by line into a pipe, and "?" for a letter that the console does not have
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    open_consoles()
     try:
         main(configure(cls, sys.argv[1:], doc))
     except UserError as error:
         tqdm.write(f"{script}: {error}", file=sys.stderr)       # not into a progress bar
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tqdm.write(f"{script}: cannot read or write {error.filename}: {error.strerror}",
+                   file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(f"\n{script}: stopped")

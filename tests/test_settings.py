@@ -1,10 +1,11 @@
 """Settings: nanoGPT's names and defaults, typed, checked, explained, written and read again."""
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
 from conftest import PROJECT, script
-from onecard.settings import UserError, configure, read_config_file, write_config_file
+from onecard.settings import UserError, config_text, configure, read_config_file
 from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -112,7 +113,7 @@ def test_a_mistake_in_a_config_file_is_named(work, text, sentence):
 
 def test_a_written_config_gives_the_same_settings_again(work):
     cfg = configure(TrainConfig, ["--batch_size=3", "--out_dir=it's \"mine\"", "--min_lr=1e-5"])
-    write_config_file("again.py", cfg)
+    Path("again.py").write_text(config_text(cfg))
     assert configure(TrainConfig, ["again.py"]) == cfg
 
 
