@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 from model import open_model
 from onecard import checkpoint, runtime, tokenizer
-from onecard.datafiles import DATA
+from onecard.datafiles import folder_of
 from onecard.dataset import Dataset
 from onecard.files import write_text
-from onecard.settings import UserError, at_least, configure_and_run, one_of
+from onecard.settings import UserError, configure_and_run, in_range, one_of
+
+PADDED = 64                             # windows get a multiple of this length: fewer kernels
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class EvalConfig:
     dtype: str = "auto"             # bfloat16, float16, float32; auto = what suits the device
 
     def __post_init__(self):
-        at_least(0, self, "stride", "max_documents")
-        at_least(1, self, "batch_size")
+        in_range(0, 2**20, self, "stride")
+        in_range(0, 2**62, self, "max_documents")
+        in_range(1, 2**16, self, "batch_size")
         one_of(self, split=("val", "train"))
         n_files = 2 if self.compare else 0
         if len(self.files) != n_files:
@@ -57,14 +60,15 @@ class EvalConfig:
 def read_documents(cfg, folder, models):
     """The ids of each document, and the bytes of its text. Every model must know these ids."""
     data = Dataset(folder, cfg.split, block_size=1)
-    vocabulary = tokenizer.of_dataset(folder)
-    for model, label, settings in models:
-        its_vocabulary = tokenizer.of_dataset(DATA / settings.get("dataset", ""))
-        if its_vocabulary.n_vocab != vocabulary.n_vocab:
-            raise UserError(f"{label} has another vocabulary than {folder}")
-        data.check_vocabulary(model.config.vocab_size)
+    for opened in models:
+        vocabulary = tokenizer.of_dataset(folder, opened.model.config.vocab_size)
+        if vocabulary.identity != opened.vocabulary.identity:
+            raise UserError(f"{opened.label} has another vocabulary than {folder}")
+        data.check_vocabulary(vocabulary.n_vocab)
     n_documents = cfg.max_documents or data.n_documents
     documents = np.split(np.asarray(data.tokens), data.starts[1:-1])[:n_documents]
+    if max(map(len, documents)) < 2:
+        raise UserError(f"{folder} {cfg.split} has no document with a token to predict")
     bytes_of_id = np.array([len(vocabulary.decode_bytes([i])) for i in range(vocabulary.n_vocab)])
     n_bytes = [bytes_of_id[ids[1:]].sum() for ids in documents]     # not of the end-of-text token
     return documents, np.array(n_bytes)
@@ -91,6 +95,8 @@ def window_losses(model, windows):
     device = model.lm_head.weight.device
     all_ids = [torch.from_numpy(ids.astype(np.int64)).to(device) for _, ids, _ in windows]
     idx = pad_sequence([ids[:-1] for ids in all_ids], batch_first=True)       # (B, T)
+    length = min(math.ceil(idx.size(1) / PADDED) * PADDED, model.config.block_size)
+    idx = F.pad(idx, (0, length - idx.size(1)))
     losses = []
     for x, ids, (_, _, n) in zip(model.hidden(idx), all_ids, windows, strict=True):
         x = x[:len(ids) - 1]            # without the padding
@@ -152,51 +158,67 @@ def with_error(values, name):
     return f"{values[name]:.4f} +- {error:.4f}"
 
 
+def print_results(results, paired, machine):
+    """Print the results of one model, or of two and what `paired` says of their difference."""
+    first = results[0]
+    print(f"{first['dataset']} {first['split']}: {first['documents']:,} documents, "
+          f"{first['tokens']:,} tokens, {first['bytes']:,} bytes of text; {machine}")
+    for result in results:
+        print(f"{result['model']}: context {result['block_size']:,}, stride {result['stride']:,}")
+        print(f"    loss           {with_error(result, 'loss')} nats a token")
+        print(f"    perplexity     {result['perplexity']:.2f}")
+        print(f"    bits per byte  {with_error(result, 'bits_per_byte')}")
+    if paired:
+        print(f"second - first: {with_error(paired, 'loss')} nats a token, "
+              f"{with_error(paired, 'bits_per_byte')} bits per byte")
+
+
+def keep(result, path):
+    """Write a result to `path`. If that fails, it is still what was printed."""
+    try:
+        write_text(path, json.dumps(result) + "\n")
+    except OSError as error:
+        print(f"warning: {path} could not be written: {error}", file=sys.stderr)
+
+
 def main(cfg):
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
     names = cfg.files or [cfg.init_from]
     if names == ["resume"]:
         names = [checkpoint.run_folder(cfg.out_dir)]
-    models = [open_model(name) for name in names]   # (model, label, settings of its run) of each
-    _, _, first_settings = models[0]
-    folder = DATA / (cfg.dataset or first_settings.get("dataset", "fineweb"))
+    models = [open_model(name) for name in names]
+    folder = folder_of(cfg.dataset or models[0].dataset or "fineweb")
     documents, n_bytes = read_documents(cfg, folder, models)
     n_tokens = np.array([len(ids) - 1 for ids in documents])    # nothing predicts the first one
 
+    # cuDNN's attention prepares itself for each new length: 40 ms on an H100
+    torch.backends.cuda.enable_cudnn_sdp(False)
     results, nats = [], []
-    for name, (model, label, _) in zip(names, models, strict=True):
-        block_size = model.config.block_size
+    for opened in models:
+        model, block_size = opened.model, opened.model.config.block_size
         stride = min(cfg.stride or max(block_size // 2, 1), block_size)
         model.to(device).eval()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
             nats.append(document_losses(model, documents, stride, cfg.batch_size))
-        result = {"model": label, "dataset": str(folder), "split": cfg.split,
+        result = {"model": opened.label, "dataset": str(folder), "split": cfg.split,
                   "block_size": block_size, "stride": stride, "documents": len(documents),
                   "tokens": int(n_tokens.sum()), "bytes": int(n_bytes.sum()),
                   **means(nats[-1], n_tokens, n_bytes)}
-        result["perplexity"] = math.exp(result["loss"])
+        result["perplexity"] = math.exp(min(result["loss"], 700))   # more is too large for a float
         results.append(result)
-        if cfg.split == "val" and not cfg.max_documents and checkpoint.in_folder(name):
-            write_text(Path(name) / "eval.json", json.dumps(result) + "\n")
 
-    output = results[0]
+    output, paired = results[0], None
     if cfg.compare:                     # what is hard for both adds nothing to the paired error
         paired = means(nats[1] - nats[0], n_tokens, n_bytes)
         output = {"a": results[0], "b": results[1], "b_minus_a": paired}
     if cfg.json:
         print(json.dumps(output))
-        return
-    print(f"{folder} {cfg.split}: {len(documents):,} documents, {n_tokens.sum():,} tokens, "
-          f"{n_bytes.sum():,} bytes of text; {runtime.device_name(device)}, {dtype}")
-    for result in results:
-        print(f"{result['model']}: context {result['block_size']:,}, stride {result['stride']:,}")
-        print(f"    loss           {with_error(result, 'loss')} nats a token")
-        print(f"    perplexity     {result['perplexity']:.2f}")
-        print(f"    bits per byte  {with_error(result, 'bits_per_byte')}")
-    if cfg.compare:
-        print(f"second - first: {with_error(paired, 'loss')} nats a token, "
-              f"{with_error(paired, 'bits_per_byte')} bits per byte")
+    else:
+        print_results(results, paired, f"{runtime.device_name(device)}, {dtype}")
+    for name, result in zip(names, results, strict=True):
+        if cfg.split == "val" and not cfg.max_documents and checkpoint.in_folder(name):
+            keep(result, Path(name) / "eval.json")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from model import open_model
 from onecard import checkpoint, gguf, pretrained, tokenizer
-from onecard.datafiles import DATA
+from onecard.datafiles import folder_of
 from onecard.settings import UserError, configure_and_run, import_package, one_of
 
 TOLERANCE = 1e-4                    # between logits in fp32, as a share of the largest
@@ -54,7 +54,7 @@ def write_hf(folder, theirs, card):
     """Write `theirs`, from pretrained.to_transformers, with GPT-2's tokenizer to `folder`."""
     theirs.save_pretrained(folder)
     transformers = import_package("transformers", "--format=hf")
-    tokens, merges = gguf.vocabulary()
+    tokens, merges = pretrained.vocabulary()
     context = theirs.config.max_position_embeddings
     transformers.GPT2Tokenizer(tokens, merges, model_max_length=context).save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -68,18 +68,24 @@ def check_hf(folder, model, dataset):
     encode.model_max_length = CHECKED_IDS       # or it warns of long texts
     n_ids = 0
     for document in own_documents(dataset):
-        text = tokenizer.gpt2().decode(document)
-        # as plain text, "<|endoftext|>" is the special token there
-        if "<|endoftext|>" not in text and encode(text)["input_ids"] != document:
-            raise UserError(f"data/{dataset} has other tokens than GPT-2's tokenizer makes, so "
-                            "other programs cannot use this model; nothing is written")
+        is_gpt2 = max(document, default=0) < tokenizer.N_VOCAB
+        if is_gpt2:
+            text = tokenizer.gpt2().decode(document)
+            # as plain text, "<|endoftext|>" is the special token there
+            is_gpt2 = "<|endoftext|>" in text or encode(text)["input_ids"] == document
+        if not is_gpt2:
+            raise UserError(f"the dataset {dataset} has other tokens than GPT-2's tokenizer makes, "
+                            "so other programs cannot use this model; nothing is written")
         n_ids += len(document)
     return f"logits differ by {difference:.0e} at most, {n_ids:,} tokens of its text are the same"
 
 
 def own_documents(dataset):
-    """The ids of some documents of data/<dataset>/val.bin, lists; none if it is not on the disk."""
-    path = DATA / dataset / "val.bin"
+    """The ids of some documents of a dataset's val.bin, lists; none if it is not on the disk."""
+    try:
+        path = folder_of(dataset) / "val.bin"
+    except UserError:                   # the path of a folder that is no longer there
+        return []
     if not path.is_file():
         return []
     ids = np.fromfile(path, np.uint16, count=CHECKED_IDS)
@@ -111,9 +117,9 @@ def main(cfg):
         to = Path(cfg.to)
     if to.exists():
         raise UserError(f"{to} is there already, and stays as it is; --to=OTHER writes elsewhere")
-    model, label, settings = open_model(source)
-    model.eval()
-    if model.config.vocab_size < tokenizer.N_VOCAB:         # characters
+    opened = open_model(source)
+    model, label = opened.model.eval(), opened.label
+    if opened.vocabulary.identity != tokenizer.VOCABULARY_SHA256:
         raise UserError(f"{label} has a vocabulary of its own ({model.config.vocab_size} ids), "
                         "and an export needs GPT-2's")
     size = model.count_parameters()["total"] / 1e6
@@ -125,10 +131,9 @@ def main(cfg):
         folder = Path(beside) / to.name
         folder.mkdir()
         if cfg.format == "hf":
-            dataset = settings.get("dataset", "")
             name = Path(source).resolve().name
-            write_hf(folder, theirs, CARD.format(name=name, size=size, dataset=dataset))
-            report = check_hf(folder, model, dataset)
+            write_hf(folder, theirs, CARD.format(name=name, size=size, dataset=opened.dataset))
+            report = check_hf(folder, model, opened.dataset)
         else:
             compare(model, theirs)
             gguf.write(folder, theirs)

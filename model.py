@@ -11,12 +11,14 @@ import torch._functorch.config  # see GPT.compile
 import torch.nn as nn
 from torch.nn import functional as F
 
-from onecard import checkpoint
+from onecard import checkpoint, tokenizer
 from onecard.attention import cached_attention, causal_attention, rotary_angles, rotate
 from onecard.loss import linear_cross_entropy, loss_of_chunk
-from onecard.settings import UserError, at_least, one_of
+from onecard.settings import UserError, check_type, in_range, one_of
 
-NANOGPT_ARGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+NANOGPT_ARGS = (*SIZES, "dropout", "bias")
+MASKS = (".attn.bias", ".attn.masked_bias")     # buffers of older GPT-2s, not weights
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class GPTConfig:
     rope_theta: float = 10000.0         # rotary: the slowest pair turns once in 2 pi x this
 
     def __post_init__(self):
-        at_least(1, self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "rope_theta")
-        at_least(0, self, "n_inner")
+        in_range(1, 1000, self, "n_layer")
+        in_range(1, 2**16, self, "vocab_size", "n_head", "n_embd")      # an id is a uint16
+        in_range(1, 2**20, self, "block_size")
+        in_range(0, 2**20, self, "n_inner")
+        in_range(1, 1e12, self, "rope_theta")
         one_of(self, position=("learned", "rotary"), norm=("layernorm", "rmsnorm"),
                mlp=("gelu", "gelu_tanh", "swiglu"))
         if self.n_embd % self.n_head:
@@ -64,10 +69,15 @@ class GPTConfig:
         If `block_size` is above 0, the model gets that much context, at most the checkpoint's.
         """
         args = {**parts["model_args"], "dropout": dropout}
-        unknown = sorted(args.keys() - {f.name for f in fields(cls)})
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(args.keys() - known)
         if unknown:
             raise UserError(f"this checkpoint was made by another version: it has the settings "
                             f"{', '.join(unknown)}, which are no longer read")
+        if missing := sorted(set(SIZES) - args.keys()):
+            raise UserError(f"this checkpoint does not say its {', '.join(missing)}")
+        for key, value in args.items():
+            args[key] = check_type(value, known[key], f"this checkpoint has {key} = {value!r}")
         if block_size > args["block_size"]:
             raise UserError(f"block_size = {block_size}, but this model has learned "
                             f"{args['block_size']} positions; use at most these")
@@ -94,10 +104,10 @@ class GPTConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, with its weight in the dtype of the input: autocast leaves it in fp32."""
+    """torch's RMSNorm, computed in fp32 whatever the dtype of the input: no gain is rounded."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(x.dtype)
 
 
 def make_norm(config, size):
@@ -298,14 +308,38 @@ class GPT(nn.Module):
     def load_weights(self, parts):
         """Take the weights of a checkpoint."""
         # nanoGPT saves a compiled model with the prefix _orig_mod.
-        weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()}
-        if self.config.position == "learned":           # this model may have less context
-            positions = weights["transformer.wpe.weight"]
-            weights["transformer.wpe.weight"] = positions[:self.config.block_size]
+        weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
+                   if not name.endswith(MASKS)}
+        shapes = {name: w.shape for name, w in self.state_dict().items()}
+        n_positions, positions = parts["model_args"]["block_size"], "transformer.wpe.weight"
+        if positions in shapes:
+            shapes[positions] = torch.Size((n_positions, self.config.n_embd))
+        for name in sorted(shapes.keys() | weights.keys()):
+            ours, theirs = shapes.get(name), getattr(weights.get(name), "shape", None)
+            if ours != theirs:
+                raise UserError(f"this checkpoint is damaged or of another network: its {name} has "
+                                f"the shape {theirs}, and its model_args need {ours} (None: there "
+                                "is no such weight)")
+        if positions in weights:        # this model may have less context
+            weights[positions] = weights[positions][:self.config.block_size]
         self.load_state_dict(weights)
 
 
+@dataclass
+class Opened:
+    """A trained model, ready for use."""
+    model: GPT                          # on the CPU
+    label: str                          # to print
+    vocabulary: object                  # its tokenizer
+    dataset: str                        # the one that its run trained on; "" if nobody says
+
+
 def open_model(name):
-    """(GPT on the CPU, a label to print, settings of its run); `name` as in checkpoint.read()."""
+    """The Opened model of a run, a file, a folder of transformers; see checkpoint.read()."""
     parts, label = checkpoint.read(name)
-    return GPT.from_checkpoint(parts), label, parts.get("config", {})
+    model, vocabulary = GPT.from_checkpoint(parts), tokenizer.of_checkpoint(parts)
+    if isinstance(vocabulary, tokenizer.UnknownTokenizer):
+        raise UserError(f"{label}: its {model.config.vocab_size:,} ids are neither GPT-2's nor "
+                        "characters that somebody recorded, so they cannot become text. For "
+                        "nanoGPT's characters, the folder with their meta.pkl must be under data/")
+    return Opened(model, label, vocabulary, str(parts.get("config", {}).get("dataset", "")))

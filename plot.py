@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onecard import checkpoint, figure
 from onecard.runlog import read_log
-from onecard.settings import UserError, configure_and_run
+from onecard.settings import UserError, configure_and_run, import_package
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,9 @@ def main(cfg):
         path = Path(cfg.to)
     elif len(folders) == 1:
         path = Path(folders[0]) / "loss.png"
-    try:
-        figure.draw(logs, path)
-    except ModuleNotFoundError:
-        raise UserError("a picture needs matplotlib: pip install matplotlib") from None
+    import_package("matplotlib", "a picture")
+    import_package("matplotlib.figure", "a picture")        # it needs packages of its own
+    figure.draw(logs, path)
     print(f"wrote {path}")
 
 

@@ -12,13 +12,15 @@ old ones and renamed at the end, so a prepare that is stopped leaves the folder 
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from onecard import datafiles, documents, encoder, samples
 from onecard.files import sha256
-from onecard.settings import UserError, at_least, configure_and_run, one_of
+from onecard.settings import UserError, configure_and_run, in_range, one_of
+from onecard.split import val_limit
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class PrepareConfig:
     force: bool = False                 # do it again, replace what was made from other files
 
     def __post_init__(self):
-        at_least(0, self, "val_fraction", "num_proc")
+        in_range(0, 1, self, "val_fraction")
+        in_range(0, 1024, self, "num_proc")
+        in_range(0, 2**63 - 1, self, "seed")
         one_of(self, encoder=("auto", "gigatoken", "tiktoken"))
-        if self.val_fraction >= 1:
-            raise UserError(f"val_fraction = {self.val_fraction} must be below 1, as it is a share")
+        if self.val_fraction == 1:
+            raise UserError("val_fraction = 1.0 must be below 1, as training needs a share, too")
+        if self.dataset != Path(self.dataset).name or self.dataset == "..":
+            raise UserError(f"dataset = {self.dataset!r} must be a name without / or .., as the "
+                            f"dataset is written to {datafiles.DATA}/NAME")
         if self.val and self.val_fraction:
             raise UserError("--val names the text to validate on, --val_fraction draws it; set one")
         sources = [bool(self.files), self.sample, self.download]
@@ -87,60 +94,59 @@ def is_made_from(folder, inputs):
                     "replaces it, --dataset=NAME writes to another folder")
 
 
-def write_splits(files, cfg, share, writers, bar):
-    """Encode all documents into the two splits. Returns how many were left out, and why."""
-    skipped, val_hashes = Counter(), np.zeros(0, np.uint64)
-    if cfg.val:
-        columns = documents.batches(files["val"], cfg.text_column, skipped)
-        for batch in encoder.encode(columns, cfg):
-            val_hashes = np.append(val_hashes, batch.hashes)
-            writers["val"].add(batch, np.ones(len(batch.hashes), bool))
-            bar.update(batch.text_bytes.sum())
-    columns = documents.batches(files["train"], cfg.text_column, skipped)
-    for batch in encoder.encode(columns, cfg):
-        # A hash is like a random number from 0 to 2**64, but equal documents have equal ones. So
-        # this draws `share` of the documents, and never puts a text into both splits.
-        is_val = batch.hashes < np.uint64(share * 2**64)
-        is_in_both = np.isin(batch.hashes, val_hashes)
+def write_splits(files, cfg, writers, bar):
+    """Encode all documents into the two splits. Returns what was counted on the way."""
+    counts, val_hashes, limit = Counter(), np.zeros(0, np.uint64), np.uint64(0)
+    if not cfg.val:
+        limit = val_limit(files["train"], cfg)
+    for batch in encoder.encode(documents.batches(files["val"], cfg.text_column, counts), cfg):
+        val_hashes = np.append(val_hashes, batch.hashes)
+        writers["val"].add(batch, np.ones(len(batch.hashes), bool))
+        bar.update(counts["bytes read"] - bar.n)
+    for batch in encoder.encode(documents.batches(files["train"], cfg.text_column, counts), cfg):
+        is_val = batch.hashes < limit           # equal documents have equal hashes
+        is_in_both = np.isin(batch.hashes, val_hashes)      # only with --val
         writers["val"].add(batch, is_val)
         writers["train"].add(batch, ~is_val & ~is_in_both)
-        skipped["in both splits"] += int(is_in_both.sum())
-        bar.update(batch.text_bytes.sum())
-    return {reason: n for reason, n in skipped.items() if n}
+        counts["in both splits"] += int(is_in_both.sum())
+        bar.update(counts["bytes read"] - bar.n)
+    return counts
 
 
 def prepare(files, folder, cfg, inputs):
     """Write the dataset of the files into the folder."""
-    began = time.time()
+    began = time.monotonic()
     name = encoder.choose(cfg.encoder)
     print(f"preparing {folder} by {name}")
     if name == "tiktoken" and cfg.encoder == "auto":
         print("`pip install gigatoken` makes the same ids many times as fast")
-    text_bytes = documents.text_bytes(files["train"] + files["val"], cfg.text_column)
-    share = cfg.val_fraction or documents.val_share(text_bytes)
-    if cfg.val:
-        share = 0.0                     # nothing is drawn
+    n_bytes = sum(path.stat().st_size for path in files["train"] + files["val"])
     with datafiles.new_dataset(folder) as writers:
-        with tqdm(total=text_bytes, unit="B", unit_scale=True, disable=None) as bar:
-            skipped = write_splits(files, cfg, share, writers, bar)
-        datafiles.finish(folder, writers, {**inputs, "skipped": skipped})
+        with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True, disable=None) as bar:
+            counts = write_splits(files, cfg, writers, bar)
+        skipped = {reason: counts[reason] for reason in ("null", "empty", "in both splits")
+                   if counts[reason]}
+        datafiles.finish(folder, writers, {
+            **inputs, "skipped": skipped, "repaired_characters": counts["repaired"]})
     print(datafiles.describe(folder))
     for reason, n in skipped.items():
         print(f"documents {reason}: {n:,}")
-    print(f"prepared in {time.time() - began:.1f} s")
+    if counts["repaired"]:
+        print(f"characters repaired, as they were no UTF-8: {counts['repaired']:,}")
+    print(f"prepared in {time.monotonic() - began:.1f} s")
 
 
 def main(cfg):
     default = "sample" if cfg.sample else "fineweb"
     dataset = cfg.dataset or default
     folder = datafiles.DATA / dataset
-    datafiles.finish_renames(folder)
-    files = find_files(cfg, dataset)
-    inputs = describe_inputs(files, cfg)
-    if not cfg.force and is_made_from(folder, inputs):
-        print(f"{folder} is already prepared from these files; --force does it again")
-    else:
-        prepare(files, folder, cfg, inputs)
+    with datafiles.claimed(folder):
+        files = find_files(cfg, dataset)
+        inputs = describe_inputs(files, cfg)
+        if not cfg.force and is_made_from(folder, inputs):
+            print(f"{folder} is already prepared from these files; --force does it again")
+        else:
+            prepare(files, folder, cfg, inputs)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import torch
 
 from model import open_model
 from onecard import checkpoint, runtime, tokenizer
-from onecard.datafiles import DATA
+from onecard.files import text_encoding
 from onecard.generate import DrawConfig, generate
-from onecard.settings import UserError, at_least, configure_and_run
+from onecard.settings import UserError, configure_and_run, in_range
 
 
 @dataclass(frozen=True)
@@ -36,39 +36,36 @@ class SampleConfig(DrawConfig):     # temperature, top_k, top_p, min_p, repetiti
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "num_samples", "max_new_tokens")
+        in_range(1, 10**9, self, "num_samples", "max_new_tokens")
 
 
 def read_start(start):
     """The text to continue: `start` itself, or what is in the file of FILE:name."""
     if not start.startswith("FILE:"):
         return start
+    path = Path(start.removeprefix("FILE:"))
     try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding=text_encoding(path.read_bytes()))
+    except (OSError, UnicodeError) as error:
         raise UserError(f"start = {start!r} must name a text file in UTF-8: {error}") from None
 
 
-def encode_prompt(text, vocabulary, config):
+def encode_prompt(text, vocabulary, block_size):
     """The tokens of `text`, after the token that begins each document of the training data."""
     ids = vocabulary.encode(text).tolist()
     is_gpt2 = isinstance(vocabulary, tokenizer.GPT2Tokenizer)
     if is_gpt2 or not ids:              # a model of characters begins after a new line
         ids = [vocabulary.start] + ids
-    if max(ids) >= config.vocab_size:
-        raise UserError(f"this model has {config.vocab_size} tokens, too few for GPT-2's. If it "
-                        "learned characters, the meta.pkl of its dataset under data/ is missing")
-    if len(ids) > config.block_size:
+    if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; "
-              f"the model sees the last {config.block_size:,} of them")
+              f"the model sees the last {block_size:,} of them")
     return ids
 
 
 def continuation(model, vocabulary, ids, cfg):
     """Yield what the model writes after the tokens `ids`, a piece of text for each token."""
-    n_vocab = min(vocabulary.n_vocab, model.config.vocab_size)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token may be half a letter
-    for i in generate(model, ids, cfg.max_new_tokens, draw=cfg, n_vocab=n_vocab):
+    for i in generate(model, ids, cfg.max_new_tokens, draw=cfg, n_vocab=vocabulary.n_vocab):
         if i == tokenizer.END_OF_TEXT:
             return
         yield decoder.decode(vocabulary.decode_bytes([i]))
@@ -77,7 +74,7 @@ def continuation(model, vocabulary, ids, cfg):
 def write_samples(model, vocabulary, cfg):
     """Print continuations of cfg.start as they come."""
     text = read_start(cfg.start)
-    ids = encode_prompt(text, vocabulary, model.config)
+    ids = encode_prompt(text, vocabulary, model.config.block_size)
     n_tokens, start_time = 0, time.perf_counter()
     for n in range(cfg.num_samples):
         print(f"---- sample {n + 1} ----\n{text}", end="", flush=True)
@@ -100,7 +97,7 @@ def interact(model, vocabulary, cfg):
     for seed in itertools.count(cfg.seed):      # each text gets a new seed
         try:
             text = input("\n> ") or text
-            ids = encode_prompt(text, vocabulary, model.config)
+            ids = encode_prompt(text, vocabulary, model.config.block_size)
             print(text, end="", flush=True)
             for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed)):
                 text += piece
@@ -119,12 +116,11 @@ def main(cfg):
     name = cfg.init_from
     if name == "resume":
         name = checkpoint.run_folder(cfg.out_dir)
-    model, label, settings = open_model(name)   # settings: those of its training run
-    vocabulary = tokenizer.of_dataset(DATA / settings.get("dataset", ""))
-    print(f"{label}, {runtime.device_name(device)}, {dtype}")
+    opened = open_model(name)
+    print(f"{opened.label}, {runtime.device_name(device)}, {dtype}")
     # cuDNN's attention prepares itself for each new length: 40 ms a token on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model.eval()
+    model = opened.model.eval()
     if device.type == "cpu" and dtype is torch.float32:
         for weight in model.parameters():
             if weight.dim() == 2:       # store it by columns: a token takes 3/4 of the time
@@ -132,7 +128,7 @@ def main(cfg):
     run = interact if cfg.interactive else write_samples
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            run(model.to(device), vocabulary, cfg)
+            run(model.to(device), opened.vocabulary, cfg)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise

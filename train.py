@@ -13,16 +13,17 @@ import gc
 import math
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from model import GPT, GPTConfig
 from onecard import cards, dataset, memory, optim, plan, resume, runtime, tokenizer
-from onecard.dataset import DATA, Batches, Dataset, fixed_batches
+from onecard.datafiles import folder_of
+from onecard.dataset import Batches, Dataset, fixed_batches
+from onecard.divergence import Guard
 from onecard.resume import Progress, State
 from onecard.runlog import RunLog, measured_speed
-from onecard.settings import UserError, at_least, configure_and_run, one_of
+from onecard.settings import UserError, configure_and_run, in_range, one_of
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,17 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "eval_interval", "log_interval", "eval_iters",
-                 "gradient_accumulation_steps")
-        at_least(0, self, "batch_size", "tokens_per_step", "max_iters", "warmup_iters", "grad_clip",
-                 "max_hours", "save_minutes", "momentum_warmup", "n_tokens")
+        in_range(1, 10**9, self, "eval_interval", "log_interval", "eval_iters",
+                 "gradient_accumulation_steps", "lr_decay_iters")
+        in_range(0, 10**9, self, "max_iters", "warmup_iters", "momentum_warmup")
+        in_range(0, 2**16, self, "batch_size")
+        in_range(0, 2**62, self, "tokens_per_step", "n_tokens", "seed")
+        in_range(0, 10**6, self, "grad_clip", "max_hours", "save_minutes")
+        in_range(1e-12, 10, self, "learning_rate")
+        in_range(0, 10, self, "min_lr", "embedding_lr", "head_lr", "scalar_lr",
+                 "weight_decay", "embedding_weight_decay", "head_weight_decay")
+        in_range(0, 0.99999, self, "beta1", "beta2", "momentum", "muon_beta2")
         one_of(self, optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd"))
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate = {self.learning_rate} must be above 0")
         optim.check_schedule(self)
         if not self.dry_run and (self.device_name or self.n_tokens):
             raise UserError("device_name and n_tokens are for a plan; add --dry_run")
@@ -126,7 +131,7 @@ def network_of(cfg, saved):
     """The GPTConfig of the run: from the checkpoint `saved` (a dict), or new if that is None."""
     if saved:
         return GPTConfig.from_checkpoint(saved, cfg.dropout, cfg.block_size)
-    vocabulary = tokenizer.of_dataset(DATA / cfg.dataset)
+    vocabulary = tokenizer.of_dataset(folder_of(cfg.dataset), cfg.vocab_size)
     if isinstance(vocabulary, tokenizer.CharTokenizer):
         return GPTConfig.of(cfg, vocab_size=vocabulary.n_vocab)
     return GPTConfig.of(cfg)
@@ -137,6 +142,7 @@ def make_plan(cfg, network, saved, world, dtype):
     with torch.device("meta"):          # a model without memory, only to count its parameters
         size = plan.Size.of(GPT(network))
     machine = cards.machine_of(world.device, dtype, world.size)
+    val_windows = resume.val_windows(cfg, saved)
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -147,7 +153,7 @@ def make_plan(cfg, network, saved, world, dtype):
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
-    run_plan = plan.Plan(cfg, size, machine, known_tokens)
+    run_plan = plan.Plan(cfg, size, machine, val_windows, known_tokens)
     if resume.goes_on(cfg):             # resume or FILE.pt: only the other steps cost time
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
@@ -163,7 +169,7 @@ def make_plan(cfg, network, saved, world, dtype):
 # parts of the training loop
 
 @torch.no_grad()
-def evaluate(model, val_data, n_windows, batches, autocast):
+def evaluate(batches, model, val_data, n_windows, autocast):
     """Mean loss over the first `n_windows` of val: the same ones every time."""
     model.eval()
     losses, counts = [], []
@@ -181,7 +187,7 @@ def evaluate(model, val_data, n_windows, batches, autocast):
     return (loss_sum / n_sum).item()
 
 
-def forward_backward(ddp_model, batches, step, scaler, autocast):
+def forward_backward(batches, ddp_model, step, scaler, autocast):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
     ddp_model.zero_grad(set_to_none=True)       # a first call may have run out of memory half-way
     loss_sum = 0.0
@@ -195,14 +201,14 @@ def forward_backward(ddp_model, batches, step, scaler, autocast):
     return loss_sum
 
 
-def with_less_memory(compute, batches):
-    """compute(), and again with smaller micro-batches for as long as memory runs out.
+def with_less_memory(compute, batches, *args):
+    """compute(batches, ...), and again with smaller micro-batches for as long as memory runs out.
 
-    `compute` reads the size of a micro-batch from `batches`. With several GPUs the run ends.
+    With several GPUs the run ends instead.
     """
     while True:
         try:
-            return compute()
+            return compute(batches, *args)
         except (RuntimeError, MemoryError) as error:
             if not runtime.is_out_of_memory(error):
                 raise
@@ -211,18 +217,6 @@ def with_less_memory(compute, batches):
         batches.halve()                         # a UserError if that is impossible
         batches.world.print(f"out of memory: going on with {batches.size} windows at a time, "
                             "which changes no result")
-
-
-def check_finite(step, loss, grad_norm, scaler):
-    """Stop the run before an update that would put nan or infinity into the weights."""
-    bad_loss = not math.isfinite(loss)
-    # in float16 this is normal: the scaler skips that update and scales less
-    bad_gradient = not math.isfinite(grad_norm) and not scaler.is_enabled()
-    if bad_loss or bad_gradient:
-        raise UserError(f"step {step:,}: the loss is {loss} and the norm of the gradient "
-                        f"{grad_norm}. The run stops before this update; what was saved before is "
-                        "unchanged. A lower learning_rate, a longer warmup_iters or "
-                        "dtype=float32 usually helps")
 
 
 def main(cfg):
@@ -245,9 +239,12 @@ def main(cfg):
     # data: each epoch shuffles all documents again, joins them and cuts them into windows of
     # block_size tokens. Window i of the run (i counts on over all epochs) depends only on seed and
     # i. Step s takes the windows from s * windows_per_step on, so a resumed run needs only its step
-    train_data = Dataset(DATA / cfg.dataset, "train", cfg.block_size, cfg.seed)
-    val_data = Dataset(DATA / cfg.dataset, "val", cfg.block_size)
-    n_val = min(cfg.eval_iters * cfg.batch_size, val_data.n_windows)
+    folder = folder_of(cfg.dataset)
+    train_data = Dataset(folder, "train", cfg.block_size, cfg.seed)
+    val_data = Dataset(folder, "val", cfg.block_size)
+    vocabulary = tokenizer.of_dataset(folder, network.vocab_size)
+    resume.check_tokenizer(cfg, saved, vocabulary, world)
+    n_val = min(run_plan.val_windows, val_data.n_windows)
 
     # model and optimizer: new, or as the checkpoint has them
     torch.manual_seed(cfg.seed)
@@ -260,7 +257,8 @@ def main(cfg):
     optimizer = optim.configure_optimizer(model, cfg, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     progress = Progress()                       # step 0
-    state = State(model, optimizer, scaler, progress, train_data.fingerprint)
+    fixed = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
+    state = State(model, optimizer, scaler, progress, fixed)
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
     if resume.goes_on(cfg):                     # resume or FILE.pt: optimizer, step, random numbers
         resume.restore(state, saved, cfg, world)
@@ -270,15 +268,16 @@ def main(cfg):
     # reports, compiling, batches
     log = RunLog(cfg, world, progress, run_plan)
     if world.is_main and not cfg.eval_only:
-        resume.make_folder(cfg)
+        resume.open_folder(cfg, progress)
         log.open(train_data)
     if cfg.compile:
-        world.print("compiling the model (about a minute; kept in .cache/ for the next start)")
+        world.print("compiling the model (about a minute; the next start is faster)")
         model.compile(dynamic=False)            # in place: the weights keep their names
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
+    guard = Guard(network.vocab_size, scaler)   # stops a run that diverges
     stop = runtime.stop_event()                 # set by the first Ctrl-C; a second one kills
-    saved_time = time.time()
+    saved_time = time.monotonic()
     gc.freeze()
     gc.disable()                                # Python's garbage collector would delay steps
 
@@ -294,47 +293,51 @@ def main(cfg):
         evaluates = cfg.eval_only or (due and not just_resumed)
         improved = False
         if evaluates:
-            val_loss = with_less_memory(
-                partial(evaluate, model, val_data, n_val, batches, autocast), batches)
-            log.evaluation(step, val_loss)
-            improved = val_loss < progress.best_val_loss
-            progress.best_val_loss = min(val_loss, progress.best_val_loss)
+            progress.val_loss = with_less_memory(
+                evaluate, batches, model, val_data, n_val, autocast)
+            log.evaluation(step, progress.val_loss)
         if cfg.eval_only:
             break
 
         # save ckpt.pt; copy it to best.pt, and before a cooldown to stable.pt
+        improved = evaluates and progress.val_loss < progress.best_val_loss
         out_of_time = trained and 0 < cfg.max_hours < log.hours_of_process()
         ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
         worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
         stable = optim.is_before_cooldown(step, cfg)
-        overdue = time.time() - saved_time > 60 * cfg.save_minutes
+        overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
         if trained and world.any(ending or worth_saving or stable or overdue):
+            if not evaluates:                   # a short look, so that no broken model is saved
+                progress.val_loss = with_less_memory(
+                    evaluate, batches, model, val_data, min(n_val, batches.size), autocast)
+            guard.before_save(step, progress.val_loss)
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
-            saved_time = time.time()
+            log.flush()                         # in place of an older run's, from now on
+            saved_time = time.monotonic()
         if ending:
             break
 
         # one step: forward and backward of all micro-batches, then one update
-        started = time.time()
+        started = time.monotonic()
         lr = optim.set_rates(optimizer, step, cfg)
-        loss = with_less_memory(
-            partial(forward_backward, ddp_model, batches, step, scaler, autocast), batches)
+        loss = with_less_memory(forward_backward, batches, ddp_model, step, scaler, autocast)
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         # the one wait for the GPU in a step
         loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()
-        check_finite(step + 1, loss, grad_norm, scaler)
+        guard.before_update(step + 1, loss, grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)   # frees them before an evaluation
         progress.step += 1
-        log.step(progress.step, loss, lr, grad_norm, time.time() - started)
+        log.step(progress.step, loss, lr, grad_norm, time.monotonic() - started)
 
     batches.close()
-    log.close(progress)
+    log.close()
     world.close()
+    resume.check_saved(progress, cfg, world)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,37 @@ iter_num, best_val_loss, config), so that its sample.py reads them, and what an 
 """
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 
 from onecard import pretrained
-from onecard.files import written_beside
+from onecard.files import to_disk, written_beside
 from onecard.settings import UserError
 
 NEWEST, BEST, STABLE = "ckpt.pt", "best.pt", "stable.pt"
+FOLDER = 0x10                           # in external_attr of a zip's record
+REQUIRED = ("model", "model_args", "iter_num")
+TYPES = {"model": dict, "model_args": dict, "iter_num": int, "optimizer": dict, "scaler": dict,
+         "best_val_loss": (int, float, torch.Tensor),   # nanoGPT's is a tensor
+         "hours": (int, float), "rng": list, "config": dict}
 
 
-def save(path, parts):
-    """Write the dict `parts` to `path`, atomically."""
+def save(path, parts, copies=(), replaced=()):
+    """Write the dict `parts` to `path`, atomically, and to `copies`, which are whole before that.
+
+    The files `replaced`, of a run that this one replaces, go when the new file is complete.
+    """
     path = Path(path)
     try:
         with written_beside(path) as beside:
             torch.save(parts, beside)
+            to_disk(beside)
+            for file in replaced:
+                file.unlink(missing_ok=True)
+            for name in copies:
+                copy(beside, name)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
         free_gib = shutil.disk_usage(path.parent).free / 2**30
         reason = str(error).splitlines()[0]
@@ -33,30 +47,61 @@ def save(path, parts):
 def copy(source, path):
     """Make `path` the same file as `source`, atomically: by a hard link if possible."""
     with written_beside(path) as beside:
-        beside.unlink(missing_ok=True)
         try:
             os.link(source, beside)
         except OSError:                         # this disk has no links
             shutil.copyfile(source, beside)
 
 
-def load(path):
-    """The dict in a checkpoint file, its tensors on the CPU. Nothing in the file is executed."""
+def load(path, mmap=False):
+    """The dict in a checkpoint file, its tensors on the CPU. Nothing in the file is executed.
+
+    With `mmap`, a tensor stays on the disk until it is used.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; a run saves its first checkpoint after some "
                         "minutes")
     try:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = damaged_record(path)
+        parts = None
+        if not damaged:
+            parts = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:                  # torch has a dozen types for a broken file
         raise UserError(f"{path} is not a checkpoint that can be read "
                         f"({type(error).__name__})") from error
-    keys = parts.keys() if isinstance(parts, dict) else ()
-    missing = [key for key in ("model", "model_args", "iter_num") if key not in keys]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project or of nanoGPT: "
-                        f"it has no {', '.join(missing)}")
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} in it is not what was written; use another "
+                        "checkpoint")
+    check_parts(path, parts)
+    # what sampling does not need may be missing
+    parts = {"best_val_loss": float("inf"), "optimizer": {}, **parts}
+    parts["best_val_loss"] = float(parts["best_val_loss"])
     return parts
+
+
+def damaged_record(path):
+    """The name of a record that is not what torch wrote, or None. torch itself does not look."""
+    with zipfile.ZipFile(path) as records:
+        for record in records.infolist():       # torch compresses nothing and has no folders
+            if record.file_size != record.compress_size or record.external_attr & FOLDER:
+                return record.filename
+        return records.testzip()                # compares checksums
+
+
+def check_parts(path, parts):
+    """Raise UserError if a checkpoint lacks what each has, or has something of another type."""
+    origin = f"{path} is not a checkpoint of this project or of nanoGPT"
+    keys = parts.keys() if isinstance(parts, dict) else ()
+    missing = [key for key in REQUIRED if key not in keys]
+    if missing:
+        raise UserError(f"{origin}: it has no {', '.join(missing)}")
+    for key, types in TYPES.items():
+        if key in parts and not isinstance(parts[key], types):
+            raise UserError(f"{origin}: its {key} is of type {type(parts[key]).__name__}")
+    loss = parts.get("best_val_loss")
+    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+        raise UserError(f"{origin}: its best_val_loss has {loss.numel()} numbers")
 
 
 def read(name):
@@ -78,7 +123,7 @@ def best_loss(folder):
     path = Path(folder) / BEST
     if not path.is_file():
         return float("inf")
-    return float(load(path).get("best_val_loss", "inf"))
+    return load(path, mmap=True)["best_val_loss"]
 
 
 def in_folder(folder):

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from onecard import datafiles, documents
-from onecard.datafiles import DATA
+from onecard.datafiles import folder_of
 from onecard.files import sha256
 from onecard.runtime import PROJECT, divisor
 from onecard.settings import UserError
 from onecard.tokenizer import END_OF_TEXT
 
 CHUNK = 1 << 24                         # tokens that are searched for documents at a time
+LLM_C = {20240520: 2, 20240801: 4}      # first int32 of a file of llm.c: bytes of an id in it
 
 
 class Dataset:
@@ -49,6 +50,7 @@ class Dataset:
             self.starts = np.fromfile(index, np.int64)
             self.max_token, self.fingerprint = counts["max_token"], counts["bin_sha256"]
         else:                           # nanoGPT's folders have neither index nor meta.json
+            check_raw(self.path, self.tokens)
             self.starts, self.max_token = find_documents(self.tokens)
             self.fingerprint = sha256(self.path)
         self.n_documents = len(self.starts) - 1
@@ -63,8 +65,8 @@ class Dataset:
     def check_vocabulary(self, vocab_size):
         """Raise UserError if this text has ids that a model of `vocab_size` ids lacks."""
         if self.max_token >= vocab_size:
-            raise UserError(f"{self.path} holds token {self.max_token}, but the model has "
-                            f"vocab_size = {vocab_size}; it needs {self.max_token + 1}")
+            raise UserError(f"{self.path} holds token {self.max_token}, but the model knows only "
+                            f"ids below {vocab_size}; it needs --vocab_size={self.max_token + 1}")
 
     def shuffle(self, epoch):
         """The stream of an epoch: its documents, where each ends, where the first window begins."""
@@ -95,6 +97,17 @@ class Dataset:
         """Window k of the file as it lies: block_size + 1 token ids. The first follows the last."""
         begin = k % self.n_windows * self.block_size
         return self.tokens[begin:begin + self.block_size + 1]
+
+
+def check_raw(path, tokens):
+    """Raise UserError if a file that nothing describes does not hold uint16 ids from its start."""
+    bytes_of_id = LLM_C.get(int(tokens[:2].copy().view(np.uint32)[0]))
+    if bytes_of_id == 2:
+        raise UserError(f"{path} begins with the 1,024 bytes of llm.c's header, which are no ids; "
+                        f"`tail -c +1025 {path} > NEW` writes a file without them")
+    if bytes_of_id == 4 or (tokens[:CHUNK:2].any() and not tokens[1:CHUNK:2].any()):
+        raise UserError(f"{path} holds ids of 4 bytes or more, and uint16 (2 bytes) is needed; "
+                        "write them again by numpy's astype(np.uint16)")
 
 
 def find_documents(tokens):
@@ -179,7 +192,7 @@ def fixed_batches(data, n_windows, batch_size, world):
 
 def ensure_prepared(dataset, world):
     """Prepare a dataset that is missing, from the one parquet file that it can mean."""
-    folder = DATA / dataset
+    folder = folder_of(dataset)
     if world.is_main:
         datafiles.finish_renames(folder)
     if world.is_main and not datafiles.is_prepared(folder):
@@ -202,12 +215,13 @@ class KnownTokens:
 
 def known_tokens(dataset, n_tokens=0):
     """KnownTokens of a dataset, or None. `n_tokens` of it are known otherwise. Writes nothing."""
-    paths = [DATA / dataset / f"{split}.bin" for split in datafiles.SPLITS]
+    folder = folder_of(dataset)
+    paths = [folder / f"{split}.bin" for split in datafiles.SPLITS]
     if n_tokens:
         source = "n_tokens"
     elif all(path.is_file() for path in paths):
         train, val = [path.stat().st_size // 2 for path in paths]
-        return KnownTokens(train, val, str(DATA / dataset))
+        return KnownTokens(train, val, str(folder))
     else:
         try:
             path = documents.find_parquet(dataset)

@@ -1,36 +1,52 @@
 """How do files become batches of documents?
 
-A row of a .parquet file is a document: its text is in one column. A line of a .jsonl file is one:
-its text is in one field. In a .txt file a document ends at <|endoftext|>, or at the first blank
-line after 16,000 letters. The last two kinds may be compressed, as .gz or .zst.
+A row of a .parquet file is a document: its text is in one column. A line of a .jsonl or .json file
+is one: its text is in one field. In a .txt file a document ends at <|endoftext|>, or at the first
+blank line after 16,000 letters. The last two kinds are UTF-8, or UTF-16 with a mark, and may be
+compressed, as .gz or .zst.
 """
 import contextlib
+import functools
+import gzip
 import io
 import itertools
 import json
+import os
 import re
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from onecard.datafiles import DATA
+from onecard.datafiles import DATA, NAMES
+from onecard.files import text_encoding
 from onecard.settings import UserError
 
 FINEWEB = DATA / "fineweb_one_shard" / "000_00000.parquet"
 SAMPLE = DATA / "sample" / "sample.parquet"
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
-RATIOS = {".gz": 3, ".zst": 3}      # bytes of text in one byte of a compressed file, about
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst",
+           ".txt", ".txt.gz", ".txt.zst")
+PACKED = (".gz", ".zst")
 BYTES_PER_TOKEN = 4.5               # of English text, about
 VAL_FRACTION = 0.005                # share of the documents that validate
 VAL_BYTES = 200_000                 # of text, which a small dataset should validate on
 MAX_VAL_FRACTION = 0.1              # the limit where the text is very small
 ROWS = 256                          # documents read at once
 SEPARATOR = "<|endoftext|>"         # in a .txt file, between documents
+SEPARATOR_PARTS = tuple(SEPARATOR[:i] for i in range(1, len(SEPARATOR)))
 TXT_ENOUGH = 16_000                 # letters of a document after which a blank line ends it
 TXT_LONGEST = 250_000               # letters of a document after which the end of any line does
-SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")      # half a letter of UTF-16, in UTF-8
+LONGEST_LINE = 1 << 28              # letters of a line of JSON; more would fill up the memory
+BYTE_ORDER_MARK = "\ufeff"          # some programs write it at the beginning of a file
+REPLACEMENT = "\ufffd".encode()
+HALF = re.compile(rb"\xed[\xa0-\xb1\xb4-\xbf][\x80-\xbf]")    # half a letter of UTF-16
+NO_UTF8 = re.compile(rb"\xed[\xb2\xb3][\x80-\xbf]")      # a byte as open_text() gives it, or a half
+MAX_BROKEN = 0.001                  # share of a file's characters that may be no UTF-8, or NUL
+MAX_BROKEN_EARLY = 0.01             # the same in the middle of a file, so that 2 GB are not read
+EARLY = 1_000_000                   # characters before which the middle of a file says too little
 
 
 def find(names, dataset):
@@ -44,22 +60,38 @@ def find(names, dataset):
     for path in map(Path, names):
         if not path.exists():
             raise UserError(f"{path} does not exist")
-        inside = path.iterdir() if path.is_dir() else [path]
-        texts = [p for p in inside if p.name.endswith(ENDINGS)]
+        inside = [p for p in path.iterdir() if not is_hidden(p)] if path.is_dir() else [path]
+        texts = [p for p in inside if p.is_file() and p.name.lower().endswith(ENDINGS)]
         if not texts:
-            raise UserError(f"{path} is no .parquet, .jsonl or .txt file (the last two also as "
-                            ".gz or .zst), and no folder with one")
+            raise UserError(f"{path} is no .parquet, .jsonl, .json or .txt file (the last three "
+                            "also as .gz or .zst), and no folder with one")
+        if others := sorted(set(inside) - set(texts)):
+            print(f"{path}: {len(others)} of {len(inside)} names are left out, as {others[0].name}")
         paths.update(texts)
     return sorted(paths, key=lambda path: (path.name, path))
+
+
+def is_hidden(path):
+    """True for what programs leave beside a file of text: ._a.parquet, a.parquet.crc, meta.json."""
+    return path.name.startswith((".", "_")) or path.suffix == ".crc" or path.name in NAMES
+
+
+def parquet_files(folder):
+    """The parquet files in a folder and in its folders, without what is hidden."""
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        is_parquet = path.suffix.lower() == ".parquet" and path.is_file()
+        if is_parquet and not any(map(is_hidden, [inside, *inside.parents])):
+            yield path
 
 
 def find_parquet(dataset):
     """The one parquet file that `dataset` can mean. Raises UserError for none, or several."""
     if dataset == "fineweb" and FINEWEB.is_file():
         return FINEWEB
-    paths = sorted((DATA / dataset).rglob("*.parquet"))
+    paths = list(parquet_files(DATA / dataset))
     if dataset == "fineweb" and not paths:
-        paths = sorted(path for path in DATA.rglob("*.parquet") if path != SAMPLE)
+        paths = [path for path in parquet_files(DATA) if path != SAMPLE]
     if not paths:
         raise UserError(f"there is no parquet file under {DATA.resolve()} for {dataset}. `python "
                         "prepare.py FILE --dataset=NAME` reads yours, --download fetches FineWeb's")
@@ -69,19 +101,6 @@ def find_parquet(dataset):
     return paths[0]
 
 
-def text_bytes(paths, text_column):
-    """Bytes of text in the files, about, by their sizes and parquet's footers."""
-    total = 0
-    for path in map(Path, paths):
-        if path.suffix == ".parquet":
-            file, position = open_parquet(path, text_column)
-            for i in range(file.num_row_groups):
-                total += file.metadata.row_group(i).column(position).total_uncompressed_size
-        else:
-            total += path.stat().st_size * RATIOS.get(path.suffix, 1)
-    return total
-
-
 def val_share(text_bytes):
     """The share of the documents that is drawn for validation: more of a small text."""
     wanted = VAL_BYTES / max(text_bytes, 1)
@@ -89,107 +108,171 @@ def val_share(text_bytes):
 
 
 def token_count(path):
-    """GPT-2 tokens of a file by the column token_count, which FineWeb has; None without one."""
+    """GPT-2 tokens of a file by the column token_count, which FineWeb has; None if unknown."""
     try:
         counts = pq.read_table(path, columns=["token_count"])["token_count"]
-        return int(pc.sum(counts, min_count=0).as_py()) + len(counts)   # a 50256 for each document
+        total = pc.sum(counts.cast(pa.uint32()))            # fails for NaN, fractions, -1
     except (pa.ArrowException, OSError, KeyError):
         return None
+    is_number = pa.types.is_integer(counts.type) or pa.types.is_floating(counts.type)
+    if not is_number or counts.null_count or not len(counts):
+        return None
+    return total.as_py() + len(counts)                      # a 50256 for each document
 
 
-def batches(paths, text_column, skipped):
+def batches(paths, text_column, counts):
     """Yield the documents of the files as arrays of large_string.
 
-    No document is null or empty, and all are valid UTF-8. `skipped` is a Counter. It gets how many
-    documents were left out ("null", "empty") and how many were "repaired".
+    No document is null or empty, and all are valid UTF-8. `counts` is a Counter. It gets the "bytes
+    read" of the files, how many documents were left out ("null", "empty"), and how many
+    "characters" there are; of these, how many were "repaired", are "NUL", or are "broken" (no UTF-8
+    or NUL). Raises UserError if too many are broken.
     """
     for path in map(Path, paths):
-        if path.suffix == ".parquet":
-            columns = parquet_columns(path, text_column)
-        elif ".jsonl" in path.suffixes:
-            columns = text_columns(jsonl_documents(path, text_column))
-        else:
-            columns = text_columns(txt_documents(path))
-        with readable(path):
-            for column in columns:
-                texts = clean(column, skipped)
+        before = counts.copy()
+        with readable(path), open(path, "rb") as file:
+            for column in columns_of(file, text_column):
+                counts["bytes read"] = before["bytes read"] + file.tell()
+                texts = clean(column, counts)
+                if counts["characters"] - before["characters"] > EARLY:
+                    refuse_broken(path, counts - before, MAX_BROKEN_EARLY)
                 if len(texts):
                     yield texts
+        refuse_broken(path, counts - before, MAX_BROKEN)
+        counts["bytes read"] = before["bytes read"] + path.stat().st_size
 
 
 @contextlib.contextmanager
 def readable(path):
-    """Turn the error that a damaged file causes into a UserError."""
+    """Turn an error of reading into a UserError with its reason."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read, perhaps it was cut off: {error}") from None
+    except (pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error) as error:
+        reason = f"perhaps it was cut off, or is of another kind: {error}"
+        if getattr(error, "errno", None):
+            reason = f"as the system says: {os.strerror(error.errno)}"
+        elif "crypt" in str(error):
+            reason = "as it is encrypted. Write it again without encryption"
+        elif "too much memory" in str(error):
+            reason = f"as its zstd window is too large. `zstd -d --long=31 {path}` unpacks it"
+        raise UserError(f"{path} cannot be read, {reason}") from None
 
 
-def clean(column, skipped):
+def clean(column, counts):
     """An array of large_binary as large_string: no document null or empty, all valid UTF-8."""
     texts = column.filter(pc.greater(pc.binary_length(column), 0))
-    skipped["null"] += column.null_count
-    skipped["empty"] += len(column) - column.null_count - len(texts)
+    counts["null"] += column.null_count
+    counts["empty"] += len(column) - column.null_count - len(texts)
     try:
-        return texts.cast(pa.large_string())                # checks UTF-8
+        texts = texts.cast(pa.large_string())               # checks UTF-8
     except pa.ArrowInvalid:
-        return repair(texts, skipped)
-
-
-def repair(column, skipped):
-    """An array of large_binary as large_string, with U+FFFD for what is not UTF-8."""
-    raw = [SURROGATE.sub(b"\xff", text) for text in column.to_pylist()]     # one U+FFFD, not three
-    texts = pa.array([text.decode("utf-8", "replace") for text in raw], pa.large_string())
-    skipped["repaired"] += pc.not_equal(texts.cast(pa.large_binary()), column).true_count
+        texts = repair(texts, counts)
+    if len(texts):
+        _, starts, data = texts.buffers()
+        starts = np.frombuffer(starts, np.int64)[texts.offset:]
+        data = np.frombuffer(data, np.int8)[starts[0]:starts[len(texts)]]
+        n_nul = len(data) - np.count_nonzero(data)
+        counts["NUL"] += n_nul
+        counts["broken"] += n_nul
+        counts["characters"] += np.count_nonzero(data >= -64)       # others go on with a letter
     return texts
 
 
-def open_parquet(path, text_column):
-    """The file, and the position of its column of text. One inside of another is outer.inner."""
-    with readable(path):
-        # without these two, all that was read or a whole row group would stay in memory
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+def repair(texts, counts):
+    """An array of large_binary as large_string, with U+FFFD for what is not UTF-8."""
+    texts = texts.to_pylist()
+    raw = [HALF.sub(REPLACEMENT, NO_UTF8.sub(b"\xff", text)) for text in texts]
+    valid = [text.decode("utf-8", "replace").encode() for text in raw]
+    n_before, n_raw, n_after = [sum(text.count(REPLACEMENT) for text in version)
+                                for version in (texts, raw, valid)]
+    counts["repaired"] += n_after - n_before
+    counts["broken"] += n_after - n_raw                     # half a letter was cut, not misread
+    return pa.array(valid, pa.large_binary()).cast(pa.large_string())
+
+
+def refuse_broken(path, counts, limit):
+    """Raise UserError if more than `limit` of a file's characters are broken."""
+    n_read, n_broken = counts["characters"], counts["broken"]
+    if n_broken <= limit * n_read:
+        return
+    encoding = "UTF-16" if counts["NUL"] > n_broken / 2 else "Latin1"
+    advice = (f"Perhaps it is {encoding}: `iconv -f {encoding} -t UTF-8 {unpacked_name(path)} > "
+              "NEW.txt` converts it")
+    if path.suffix.lower() == ".parquet":
+        advice = "Set --text_column to a column that holds text"
+    raise UserError(f"{path} is no text in UTF-8: {n_broken / n_read:.1%} of {n_read:,} characters "
+                    f"are broken. {advice}")
+
+
+def unpacked_name(path):
+    """The name of a file without .gz or .zst."""
+    return path.stem if path.suffix.lower() in PACKED else path.name
+
+
+def columns_of(file, text_column):
+    """Yield the documents of an open file as arrays of large_binary."""
+    kind = Path(unpacked_name(Path(file.name))).suffix.lower()
+    if kind == ".parquet":
+        yield from parquet_columns(file, text_column)
+        return
+    text = open_text(file)
+    documents = jsonl_documents(text, file.name, text_column)
+    if kind == ".txt":
+        documents = txt_documents(text)
+    while texts := list(itertools.islice(documents, ROWS)):
+        raw = [text and text.encode("utf-8", "surrogatepass") for text in texts]
+        yield pa.array(raw, pa.large_binary())
+
+
+def parquet_columns(file, text_column):
+    """Yield the column of text. One inside of another is outer.inner."""
+    # without these two, all that was read or a whole row group would stay in memory
+    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     # a repetition level above 0 is a list
-    texts = {column.path: i for i, column in enumerate(file.schema)
-             if column.physical_type == "BYTE_ARRAY" and column.max_repetition_level == 0}
+    texts = [column.path for column in parquet.schema
+             if column.physical_type == "BYTE_ARRAY" and column.max_repetition_level == 0]
     if text_column not in texts:
-        raise UserError(f"{path} has no column of text {text_column!r}; set --text_column to one "
-                        f"of those that it has: {', '.join(texts)}")
-    return file, texts[text_column]
-
-
-def parquet_columns(path, text_column):
-    file, _ = open_parquet(path, text_column)
-    for batch in file.iter_batches(ROWS, columns=[text_column]):
+        raise UserError(f"{file.name} has no column of text {text_column!r}; set --text_column to "
+                        f"one of those that it has: {', '.join(texts)}")
+    if [column.path for column in parquet.schema].count(text_column) > 1:
+        raise UserError(f"{file.name} has several columns named {text_column!r}; rename them, or "
+                        "set --text_column to another one")
+    for batch in parquet.iter_batches(ROWS, columns=[text_column]):
         column = batch.column(0)
         while pa.types.is_struct(column.type):              # outer.inner: its only field
             column = pc.struct_field(column, 0)
         yield pc.cast(column, pa.large_binary())
 
 
-def text_columns(documents):
-    """Yield arrays of large_binary from an iterator of str and None."""
-    while texts := list(itertools.islice(documents, ROWS)):
-        raw = [text and text.encode("utf-8", "surrogatepass") for text in texts]
-        yield pa.array(raw, pa.large_binary())
+def open_text(file):
+    """The text in an open file, unpacked. A byte that is not UTF-8 becomes a lone surrogate."""
+    packed = Path(file.name).suffix.lower()
+    if packed == ".gz":
+        file = gzip.GzipFile(fileobj=file)                  # arrow's fails at zeros at the end
+    if packed == ".zst":
+        file = pa.CompressedInputStream(file, "zstd")
+    file = io.BufferedReader(file)
+    encoding = text_encoding(file.peek(2))
+    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+    return io.TextIOWrapper(file, encoding, errors)
 
 
-def open_text(path):
-    """The lines of a file as str. A byte that is not UTF-8 becomes a lone surrogate."""
-    stream = pa.input_stream(path)                          # unpacks .gz and .zst
-    return io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape")
-
-
-def jsonl_documents(path, field):
+def jsonl_documents(file, path, field):
     """Yield the text of every line, None for one without."""
-    for number, line in enumerate(open_text(path), 1):
-        if line.isspace():
+    lines = iter(functools.partial(file.readline, LONGEST_LINE), "")
+    for number, line in enumerate(lines, 1):
+        if len(line) == LONGEST_LINE:
+            raise UserError(f"line {number:,} of {path} is longer than {LONGEST_LINE:,} letters; "
+                            f'write every document as a line, {{"{field}": "..."}}')
+        line = line.lstrip(BYTE_ORDER_MARK).strip()
+        if not line:
             continue
         try:
             record = json.loads(line)
             text = record.get(field)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
+            while Path(path).suffix.lower() in PACKED and file.read(1 << 20):
+                pass                    # a damaged .gz says so at its end, which is the true reason
             raise UserError(f"line {number:,} of {path} is no JSON object: {line[:40]!r}") from None
         is_missing = number == 1 and field not in record
         if is_missing or not isinstance(text, str | None):
@@ -198,11 +281,13 @@ def jsonl_documents(path, field):
         yield text
 
 
-def txt_documents(path):
+def txt_documents(file):
     """Yield the text before every separator, or up to a blank line once it is long enough."""
-    file, text = open_text(path), ""
+    text = ""
     while line := file.readline(TXT_LONGEST):
-        *last_lines, line = line.split(SEPARATOR)
+        while line.endswith(SEPARATOR_PARTS) and (letter := file.readline(1)):
+            line += letter              # a long line was cut here, perhaps inside of a separator
+        *last_lines, line = line.replace(BYTE_ORDER_MARK, "").split(SEPARATOR)
         for last_line in last_lines:
             yield (text + last_line).strip()
             text = ""

@@ -10,6 +10,7 @@ from onecard.settings import UserError
 # colour-blind people can tell these apart (Okabe and Ito 2008); the dashes help in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
+LARGEST = 1e15                          # no number of a run is larger, and no axis ends at infinity
 
 
 def draw(logs, path):
@@ -35,7 +36,7 @@ def make_figure(logs):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         for losses in draw_run(axes, name, entries, style):
             late_losses.extend(losses[len(losses) // 10:])
-    low, high = np.nanmin(late_losses), np.nanmax(late_losses)
+    low, high = min(late_losses), max(late_losses)
     margin = 0.05 * max(high - low, 0.1)
     axes[0, 0].set(ylabel="loss, nats a token", ylim=(low - margin, high + margin))
     axes[1, 0].set(ylabel="learning rate", xlabel="tokens")
@@ -51,12 +52,13 @@ def make_figure(logs):
 
 def draw_run(axes, name, entries, style):
     """Draw a run into all four axes; return its training losses, smoothed, and its val losses."""
-    train = [entry for entry in entries if "train_loss" in entry]
     # at step 0 the model has learned nothing: its loss is far above all others
-    val = [entry for entry in entries if "val_loss" in entry and entry["step"] > 0]
+    entries = [entry for entry in entries if entry["step"] > 0]
+    train = [entry for entry in entries if is_drawable(entry.get("train_loss"))]
+    val = [entry for entry in entries if is_drawable(entry.get("val_loss"))]
     if not train:
-        raise UserError(f"{name}/log.jsonl holds no step yet; the first one takes some minutes")
-    tokens_per_step = train[-1]["tokens"] / train[-1]["step"]
+        raise UserError(f"{name}/log.jsonl holds no loss yet; the first step takes some minutes")
+    tokens_per_step = (column(train, "tokens") / column(train, "step"))[-1]
     losses, val_losses = column(train, "train_loss"), column(val, "val_loss")
     means = smoothed(losses)
     for j, (key, scale) in enumerate([("step", tokens_per_step), ("hours", 1)]):
@@ -70,8 +72,14 @@ def draw_run(axes, name, entries, style):
     return means, val_losses
 
 
+def is_drawable(number):
+    return number is not None and abs(number) < LARGEST     # nan is not, either
+
+
 def column(entries, key):
-    return np.array([entry[key] for entry in entries], dtype=float)     # None becomes nan
+    """The numbers of `key`; nan, which matplotlib leaves out, where there is none."""
+    numbers = [entry.get(key) for entry in entries]
+    return np.array([x if is_drawable(x) else np.nan for x in numbers], dtype=float)
 
 
 def smoothed(losses):

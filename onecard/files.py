@@ -7,6 +7,8 @@ from pathlib import Path
 
 from onecard.settings import UserError
 
+LOCKS = {}                              # {folder: handle}, of this process
+
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -29,10 +31,15 @@ def written_beside(path):
     replace(beside, path)
 
 
+def to_disk(path):
+    """Wait until the file is on the disk, and not only in memory."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
 def replace(beside, path):
     """Rename the finished file `beside` to `path`, after it has reached the disk."""
-    with open(beside, "rb+") as f:
-        os.fsync(f.fileno())
+    to_disk(beside)
     for wait_seconds in (0.1, 0.5, 2.0, None):
         try:
             os.replace(beside, path)
@@ -56,24 +63,26 @@ def write_text(path, text):
 def lock(folder, what):
     """Keep other processes from `what` in this folder until this one ends, even by a kill.
 
-    The second process gets a UserError. Reading the folder stays possible.
+    The second process gets a UserError. It can still read what is in the folder.
     """
-    if os.name != "posix":              # Windows does not replace or remove a file in use
-        return None
+    folder = Path(folder).resolve()
+    if os.name != "posix" or folder in LOCKS:   # Windows does not replace a file that is in use
+        return
     import fcntl
-    handle = os.open(folder, os.O_RDONLY)       # not inherited by other programs
+    LOCKS[folder] = os.open(folder, os.O_RDONLY)        # other programs do not inherit it
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
+        unlock(folder)
         raise UserError(f"another process is {what} in {folder}; wait until it ends, or use "
                         "another folder") from None
     except OSError:                     # some network disks have no locks
-        pass
-    return handle
+        unlock(folder)
 
 
-def unlock(handle):
+def unlock(folder):
+    """Give back what lock() took in this process."""
+    handle = LOCKS.pop(Path(folder).resolve(), None)
     if handle is not None:
         os.close(handle)
 

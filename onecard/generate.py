@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from onecard.settings import UserError, at_least
+from onecard.settings import UserError, in_range
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,11 @@ class DrawConfig:
     seed: int = 1337                # the same seed gives the same text
 
     def __post_init__(self):
-        at_least(0, self, "temperature", "top_k")
-        at_least(1, self, "repetition_penalty")
+        in_range(0, 2**31, self, "top_k")
+        in_range(0, 2**63 - 1, self, "seed")
+        in_range(1, 100, self, "repetition_penalty")
+        if self.temperature != 0:       # logits / a smaller number could be infinite
+            in_range(0.01, 100, self, "temperature")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1 (no limit)")
         if not 0 <= self.min_p <= 1:

@@ -4,9 +4,9 @@ The file holds the weights in fp32, the shape of the network, and GPT-2's vocabu
 """
 import numpy as np
 
-from onecard.pretrained import transposed
+from onecard.pretrained import transposed, vocabulary
 from onecard.settings import import_package
-from onecard.tokenizer import END_OF_TEXT, VOCABULARY
+from onecard.tokenizer import END_OF_TEXT
 
 MODELFILE = '''FROM ./model.gguf
 TEMPLATE """{{ .Prompt }}"""
@@ -68,13 +68,6 @@ def tensors(theirs):
         del weights["lm_head.weight"]
     return {table.get_name(name, (".weight", ".bias")): w.numpy()
             for name, w in transposed(weights).items()}
-
-
-def vocabulary():
-    """({token: id}, merges) of GPT-2, as its own files spell them."""
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    tokens, merges = TikTokenConverter().extract_vocab_merges_from_model(str(VOCABULARY))
-    return tokens | {"<|endoftext|>": END_OF_TEXT}, merges
 
 
 def add_tokenizer(writer, token_type, vocab_size):

@@ -13,6 +13,7 @@ import math
 from onecard.loss import CHUNK
 
 FRAGMENTATION = 1.05                    # what CUDA's allocator holds, of what is alive (H100: 1.03)
+MAX_WINDOWS = 2**12                     # of a micro-batch that is looked for
 MAX_TOKENS = {"cuda": 2**16, "mps": 2**13, "cpu": 2**13}    # of a micro-batch; more is no faster
 
 
@@ -23,6 +24,8 @@ def needed(cfg, size, machine, batch_size):
     """
     c, itemsize, tokens = size.network, machine.dtype.itemsize, batch_size * cfg.block_size
     state = 16 * size.total             # a weight, its gradient, and AdamW's two averages
+    if machine.count > 1:
+        state += 4 * size.total         # the sum of all processes' gradients
     kept = tokens * c.n_layer * kept_by_layer(c, itemsize, cfg.compile)
     if machine.kind == "cpu" and c.norm == "rmsnorm" and not cfg.compile:
         kept += tokens * c.n_layer * 24 * c.n_embd      # the result of each of its operations
@@ -75,7 +78,7 @@ def needed_by_loss(c, tokens, itemsize, compiled):
 def largest_batch(cfg, size, machine, max_tokens=math.inf):
     """Windows in the largest micro-batch that fits and divides a step; 0 if not even one fits."""
     windows = cfg.windows_per_step // machine.count
-    fitting = [B for B in range(1, windows + 1)
+    fitting = [B for B in range(1, min(windows, MAX_WINDOWS) + 1)
                if windows % B == 0 and B * cfg.block_size <= max_tokens
                and needed(cfg, size, machine, B) <= machine.room]
     return max(fitting, default=0)

@@ -80,10 +80,42 @@ def load_state(optimizer, state):
             raise UserError("this checkpoint was made by another version, and the state of its "
                             "Muon is no longer read; --init_from=FOLDER begins with its weights")
         load_state(optimizer.muon, state["muon"])
-        load_state(optimizer.adamw, state["adamw"])
-    else:
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        load_state(optimizer.adamw, state.get("adamw"))
+        return
+    needed = average_shapes(optimizer)
+    try:
+        averages = {number: {name: average.contiguous() for name, average in its.items()}
+                    for number, its in state["state"].items()}
+        shapes = {number: {name: average.shape for name, average in its.items()}
+                  for number, its in averages.items()}
+        if isinstance(optimizer, Muon):         # muon_beta2 = 0 keeps no mean_squares
+            for number, its in shapes.items():
+                its.setdefault("mean_squares", needed[number]["mean_squares"])
+    except (AttributeError, KeyError, TypeError):       # it is no state of an optimizer
+        shapes = None
+    # torch does not compare them, and its fused AdamW writes behind the end of a short average
+    if shapes != needed and shapes != {}:       # {}: no step was done
+        raise UserError("this checkpoint has no state of this optimizer that fits its weights; "
+                        "--init_from=FOLDER begins with its weights alone")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": averages, "param_groups": groups})
+
+
+def average_shapes(optimizer):
+    """{number of a weight: {name of an average: its shape}}: what an optimizer keeps."""
+    shapes, number = {}, 0
+    for group in optimizer.param_groups:
+        params = group["params"]
+        if isinstance(optimizer, Muon):         # the first weight keeps the averages of all
+            m, n = group["rows"], params[0].size(1)
+            N = sum(p.size(0) // m for p in params)
+            narrow = (N, m, 1) if m >= n else (N, 1, n)
+            shapes[number] = {"average": (N, m, n), "mean_squares": narrow}
+        else:
+            for i, p in enumerate(params, number):
+                shapes[i] = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        number += len(params)
+    return shapes
 
 
 def cooldown_start(cfg):
@@ -97,7 +129,10 @@ def is_before_cooldown(step, cfg):
 
 
 def check_schedule(cfg):
-    """Raise UserError if the warmup leaves no room for the decay."""
+    """Raise UserError if the learning rate would rise, or the warmup leaves no room for a decay."""
+    if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"min_lr = {cfg.min_lr} must be at most learning_rate = "
+                        f"{cfg.learning_rate}")
     if not 0 <= cfg.cooldown <= 1:
         raise UserError(f"cooldown = {cfg.cooldown} is a share of max_iters, from 0 to 1")
     longest_warmup = cfg.lr_decay_iters - 1

@@ -1,6 +1,6 @@
 """What will a run cost? Epochs, memory, time and disk, known before its first step.
 
-    plan = Plan(cfg, size, cards.machine_named("RTX 4070", torch.bfloat16), data)
+    plan = Plan(cfg, size, cards.machine_named("RTX 4070", torch.bfloat16), 2400, data)
     print(text(plan))
 
 All numbers come from settings and counts: no model is made, and no file is written. A number that
@@ -39,6 +39,7 @@ class Plan:
     cfg: object                         # train.py's settings
     size: Size
     machine: cards.Machine
+    val_windows: int                    # of an evaluation
     data: object = None                 # dataset.KnownTokens
     steps_before: int = 0               # of a resumed run
     measured: float | None = None       # its tokens a second with all processes, on this machine
@@ -106,14 +107,16 @@ def seconds(plan, speed):
     """Seconds of a step, and of all that is left, at `speed` tokens a second."""
     cfg, data = plan.cfg, plan.data
     step = plan.tokens_per_step / speed
-    evaluated = {*range(0, cfg.max_iters + 1, cfg.eval_interval), cfg.max_iters}
-    if plan.steps_before:               # it was evaluated before it was saved
-        evaluated = {s for s in evaluated if s > plan.steps_before}
-    tokens = cfg.eval_iters * cfg.batch_size * cfg.block_size
+    n_evaluations = cfg.max_iters // cfg.eval_interval - plan.steps_before // cfg.eval_interval
+    if plan.steps and cfg.max_iters % cfg.eval_interval:
+        n_evaluations += 1              # at the last step
+    if plan.steps_before == 0:
+        n_evaluations += 1              # before the first one
+    tokens = plan.val_windows * cfg.block_size
     if data:
         tokens = min(tokens, data.val)
     evaluation = tokens / speed / 3     # forward is a third of a step
-    return step, plan.steps * step + len(evaluated) * evaluation
+    return step, plan.steps * step + n_evaluations * evaluation
 
 
 def disk(plan):

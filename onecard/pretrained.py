@@ -3,12 +3,16 @@
 Our GPT-2 is GPT2LMHeadModel there, the network of config/modern.py is Qwen3ForCausalLM. Both hold
 the same numbers under other names. This needs transformers 5.
 """
+import difflib
+from pathlib import Path
+
 import torch
 from torch.nn import functional as F
 
 from onecard.settings import UserError, import_package
-from onecard.tokenizer import END_OF_TEXT
+from onecard.tokenizer import END_OF_TEXT, VOCABULARY, VOCABULARY_SHA256, UnknownTokenizer
 
+FETCHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")      # OpenAI's, from the internet
 # our settings, and their names for them; a GPT2Config knows these names, too
 KEYS = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
         "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
@@ -39,19 +43,35 @@ QWEN3_BLOCK = {
 }
 
 
+def open_theirs(name):
+    """(model of transformers, identity of its tokenizer or None); `name` as in read()."""
+    if name not in FETCHED and not Path(name).is_dir():
+        close = difflib.get_close_matches(name, ("resume", "scratch", *FETCHED), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{name} is no folder and no .pt file, and the models that are fetched are "
+                        f"{', '.join(FETCHED)}{hint}")
+    transformers = import_package("transformers", f"{name} is not a checkpoint; reading it")
+    try:                                # trust_remote_code: a folder is data, not code
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True)
+        identity = identity_of(transformers, Path(name))
+    except Exception as error:          # a damaged file can raise anything
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{name} is not a checkpoint, and transformers cannot read it: "
+                        f"{first_line}") from None
+    if missing := sorted(report["missing_keys"]):       # they got random numbers
+        raise UserError(f"{name} has no {missing[0]} ({len(missing)} of the weights that its "
+                        "config.json promises are missing); fetch that folder again")
+    return theirs, identity
+
+
 def read(name):
-    """{"model_args": fields of GPTConfig, "model": our weights in fp32}, as a checkpoint has them.
+    """{"model_args": fields of GPTConfig, "model": our weights in fp32, "tokenizer": identity}.
 
     `name` is OpenAI's 'gpt2', 'gpt2-medium', ..., or a folder of transformers. Raises UserError if
     that is not a GPT-2 or a Qwen3, or one that our blocks do not compute.
     """
-    transformers = import_package("transformers", f"{name} is not a checkpoint; reading it")
-    try:                                # trust_remote_code: a folder is data, not code
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"{name} is not a checkpoint, and transformers finds no model there: "
-                        f"{first_line}") from None
+    theirs, identity = open_theirs(name)
     config, weights = theirs.config, theirs.float().state_dict()
     kind = config.model_type
     if kind not in USUAL:
@@ -70,11 +90,27 @@ def read(name):
     if kind == "gpt2":
         mlp = ACTIVATIONS[config.activation_function]
         model_args |= {"n_inner": config.n_inner or 0, "mlp": mlp}
-        return {"model_args": model_args, "model": transposed(weights)}
+        return {"model_args": model_args, "model": transposed(weights), "tokenizer": identity}
     model_args |= {"n_inner": config.intermediate_size, "rope_theta": rope_theta}
     model = {f"{ours}.weight": torch.cat([weights[f"{part}.weight"] for part in parts])
              for ours, parts in qwen3_names(config.num_hidden_layers).items()}
-    return {"model_args": model_args, "model": model}
+    return {"model_args": model_args, "model": model, "tokenizer": identity}
+
+
+def identity_of(transformers, folder):
+    """Which tokenizer the folder of a model has, as tokenizer.of_checkpoint knows it, or None."""
+    if not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+        return None                     # AutoTokenizer would make an empty one
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    ours, _ = vocabulary()
+    return VOCABULARY_SHA256 if ours.items() <= theirs.items() else UnknownTokenizer.identity
+
+
+def vocabulary():
+    """({token: id}, merges) of GPT-2, as its own files spell them."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    tokens, merges = TikTokenConverter().extract_vocab_merges_from_model(str(VOCABULARY))
+    return tokens | {"<|endoftext|>": END_OF_TEXT}, merges
 
 
 def differences(config, known):

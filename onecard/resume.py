@@ -6,27 +6,35 @@ from pathlib import Path
 
 import torch
 
-from onecard import checkpoint, optim, runtime
-from onecard.files import write_text
+from onecard import checkpoint, optim, runtime, tokenizer
+from onecard.datafiles import folder_of
+from onecard.files import lock, write_text
 from onecard.settings import UserError, config_text
+
+FILES = (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl", "eval.json")
+USUAL_BATCH = 12                        # windows of val in one of eval_iters, if batch_size = 0
 
 
 @dataclass
 class Progress:
     """How far a run is."""
     step: int = 0
-    best_val_loss: float = math.inf
+    saved_step: int = 0                 # of the newest checkpoint
+    val_loss: float = math.inf          # of the last evaluation
+    best_val_loss: float = math.inf     # of best.pt
     hours: float = 0.0
+    replaces: bool = False              # its first checkpoint replaces the run in its folder
+    wandb_id: str = ""
 
 
 @dataclass
 class State:
-    """All that changes while a run trains: what a checkpoint saves and a resume restores."""
+    """What a checkpoint saves and a resume restores."""
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    fingerprint: str                    # of the data, which does not change
+    fixed: dict                         # what never changes in a run, see fixed_parts()
 
 
 def goes_on(cfg):
@@ -39,10 +47,9 @@ def first_checkpoint(cfg):
 
     Raises UserError if a run in out_dir would be lost.
     """
-    used = checkpoint.in_folder(cfg.out_dir)
+    used = files_of_run(cfg, (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE))
     if used and not (same_run(cfg) or cfg.overwrite or cfg.eval_only or cfg.dry_run):
-        step = checkpoint.load(used)["iter_num"]
-        raise UserError(f"{cfg.out_dir} holds a run at step {step:,}. --init_from=resume goes on "
+        raise UserError(f"{cfg.out_dir} holds a run ({used[0].name}). --init_from=resume goes on "
                         "with it, --out_dir=OTHER starts beside it, --overwrite replaces it")
     if cfg.init_from == "scratch":
         return None
@@ -52,6 +59,11 @@ def first_checkpoint(cfg):
     return parts
 
 
+def files_of_run(cfg, names):
+    """The paths of those of these files that are in out_dir."""
+    return [Path(cfg.out_dir) / name for name in names if (Path(cfg.out_dir) / name).is_file()]
+
+
 def same_run(cfg):
     """Whether the run goes on from a checkpoint that lies in its own folder."""
     if cfg.init_from == "resume":
@@ -59,14 +71,39 @@ def same_run(cfg):
     return goes_on(cfg) and Path(cfg.init_from).parent.resolve() == Path(cfg.out_dir).resolve()
 
 
-def make_folder(cfg):
-    """Make out_dir and its config.py. If another run is there, --overwrite was given: remove it."""
-    out_dir = Path(cfg.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if not same_run(cfg):
-        for name in (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl"):
-            (out_dir / name).unlink(missing_ok=True)
-    write_text(out_dir / "config.py", config_text(cfg))
+def open_folder(cfg, progress):
+    """Make out_dir and keep other runs out of it. Files of an older run stay for now."""
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    lock(cfg.out_dir, "training")
+    progress.replaces = not same_run(cfg) and bool(files_of_run(cfg, FILES))
+
+
+def check_tokenizer(cfg, saved, vocabulary, world):
+    """Raise UserError if the model of a checkpoint reads other ids than the dataset has."""
+    if not tokenizer.is_recorded(folder_of(cfg.dataset)):
+        meaning = "are taken for GPT-2's"
+        if vocabulary.identity == tokenizer.UnknownTokenizer.identity:
+            meaning = "can be trained on, but not become text"
+        world.print(f"warning    {cfg.dataset} does not say which tokenizer made its ids; they "
+                    f"{meaning}")
+    if saved and tokenizer.of_checkpoint(saved).identity != vocabulary.identity and not cfg.force:
+        raise UserError(f"the ids of dataset = {cfg.dataset!r} mean other texts than those of "
+                        f"the model of init_from = {cfg.init_from!r}. --force trains it all the "
+                        "same, as if it was new")
+
+
+def fixed_parts(run_plan, train_data, val_data, vocabulary):
+    """What never changes in a run; a checkpoint keeps it."""
+    return {"dataset": train_data.fingerprint, "val_dataset": val_data.fingerprint,
+            "tokenizer": vocabulary.identity, "seed": run_plan.cfg.seed,
+            "tokens_per_step": run_plan.tokens_per_step, "val_windows": run_plan.val_windows}
+
+
+def val_windows(cfg, saved):
+    """How many windows of val the run reads in an evaluation. A resumed run keeps its number."""
+    if goes_on(cfg) and "val_windows" in saved:
+        return saved["val_windows"]
+    return cfg.eval_iters * (cfg.batch_size or USUAL_BATCH)
 
 
 def check_same_run(state, parts, cfg):
@@ -82,7 +119,7 @@ def check_same_run(state, parts, cfg):
     refuse(differences(theirs, ours), "Give the settings of that run, or another --out_dir")
     if cfg.force:
         return
-    ours = {"dataset": state.fingerprint, "seed": cfg.seed, "tokens_per_step": tokens_per_step(cfg)}
+    ours = {name: value for name, value in state.fixed.items() if name != "tokenizer"}
     refuse(differences(parts, ours), "--force goes on all the same")
     if saved.get("lr_schedule") != "wsd" or cfg.lr_schedule != "wsd":
         return
@@ -104,40 +141,61 @@ def refuse(reasons, remedy):
         raise UserError(f"cannot go on from this checkpoint: {'; '.join(reasons)}. {remedy}")
 
 
-def tokens_per_step(cfg):
-    return cfg.windows_per_step * cfg.block_size
-
-
 def save(state, cfg, world, is_best, is_stable):
-    """Write ckpt.pt, all that an exact resume needs, and copy it to best.pt and stable.pt."""
+    """Write ckpt.pt, all that an exact resume needs, and copy it to best.pt and stable.pt.
+
+    If that fails, the run goes on, and best.pt and best_val_loss stay as they were.
+    """
     gc.collect()                                # the training loop has switched it off
     rng = world.gather(runtime.rng_state(world.device))
-    if not world.is_main:
-        return
     model, progress, out_dir = state.model, state.progress, Path(cfg.out_dir)
-    checkpoint.save(out_dir / checkpoint.NEWEST, {
-        "model": model.state_dict(), "model_args": model.config.model_args(),
-        "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
-        "iter_num": progress.step, "best_val_loss": progress.best_val_loss,
-        "hours": progress.hours, "rng": rng, "config": asdict(cfg), "dataset": state.fingerprint,
-        "seed": cfg.seed, "tokens_per_step": tokens_per_step(cfg),
-        "versions": runtime.versions()})
+    best_val_loss, copies, replaced = progress.best_val_loss, [], []
     if is_best:
-        checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.BEST)
+        best_val_loss = progress.val_loss
+        copies.append(out_dir / checkpoint.BEST)
     if is_stable:                               # a longer run can go on from this one
-        checkpoint.copy(out_dir / checkpoint.NEWEST, out_dir / checkpoint.STABLE)
+        copies.append(out_dir / checkpoint.STABLE)
+    if progress.replaces:
+        replaced = files_of_run(cfg, FILES)
+    parts = {
+        **state.fixed, "model": model.state_dict(), "model_args": model.config.model_args(),
+        "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
+        "iter_num": progress.step, "best_val_loss": best_val_loss, "hours": progress.hours,
+        "wandb_id": progress.wandb_id, "rng": rng, "config": asdict(cfg),
+        "versions": runtime.versions()}
+    try:
+        if world.is_main:
+            checkpoint.save(out_dir / checkpoint.NEWEST, parts, copies, replaced)
+            write_text(out_dir / "config.py", config_text(cfg))
+    except (UserError, OSError) as error:
+        world.print(f"warning    {error}. The run goes on, and tries again at the next save")
+        return
+    progress.best_val_loss, progress.saved_step = best_val_loss, progress.step
+    progress.replaces = False
+
+
+def check_saved(progress, cfg, world):
+    """Raise UserError if the last save failed."""
+    if world.is_main and progress.saved_step != progress.step:
+        raise UserError(f"step {progress.step:,} could not be saved; {cfg.out_dir} holds step "
+                        f"{progress.saved_step:,}. Make room, then --init_from=resume goes on")
 
 
 def restore(state, parts, cfg, world):
     """Give `state` the optimizer, loss scale, random numbers and progress of a checkpoint."""
     check_same_run(state, parts, cfg)
     optim.load_state(state.optimizer, parts["optimizer"])
-    if state.scaler.is_enabled() and parts.get("scaler"):
-        state.scaler.load_state_dict(parts["scaler"])
-    if world.rank < len(parts.get("rng", [])):
-        runtime.set_rng_state(parts["rng"][world.rank], world.device)
-    # from stable.pt, best.pt may be of a later step, and stays until a better one comes
-    best = min(float(parts["best_val_loss"]), checkpoint.best_loss(cfg.out_dir))
+    try:
+        if state.scaler.is_enabled() and parts.get("scaler"):
+            state.scaler.load_state_dict(parts["scaler"])
+        if world.rank < len(parts.get("rng", [])):
+            runtime.set_rng_state(parts["rng"][world.rank], world.device)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError("this checkpoint has no scaler or rng that torch can use: "
+                        f"{error}") from None
     progress = state.progress
-    progress.step, progress.best_val_loss = parts["iter_num"], best
+    progress.step = progress.saved_step = max(parts["iter_num"], 0)
+    # best.pt may be of a later step than `parts`, and stays until a better one comes
+    progress.best_val_loss = checkpoint.best_loss(cfg.out_dir)
     progress.hours = parts.get("hours", 0.0)
+    progress.wandb_id = parts.get("wandb_id", "")

@@ -1,5 +1,9 @@
-"""What does a run report? A bar, log.jsonl, loss.png; wandb and TensorBoard if they are wanted."""
+"""What does a run report? A bar, log.jsonl, loss.png; wandb and TensorBoard if they are wanted.
+
+A report never ends a run: what cannot be printed is dropped, and what cannot be written is said.
+"""
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -8,23 +12,31 @@ from tqdm import tqdm
 
 from onecard import figure, runtime
 from onecard.files import write_text
-from onecard.settings import UserError
+from onecard.settings import UserError, import_package
 
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
 
 
 def read_log(path):
-    """The entries of log.jsonl. A line that is half written, after a power cut, is left out."""
+    """The entries of log.jsonl. A line that no run of ours can have written is left out."""
     entries = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict):
+            if is_entry(entry):
                 entries.append(entry)
     return entries
+
+
+def is_entry(entry):
+    """Whether this is a line of log.jsonl: a dict with a step, and numbers where they belong."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return False
+    names = ("train_loss", "val_loss", "lr", "hours", "tokens", "tokens_per_s")
+    return all(isinstance(entry.get(name), int | float | None) for name in names)
 
 
 def measured_speed(out_dir, device_name):
@@ -42,38 +54,56 @@ class RunLog:
     """The reports of a run. Only the first rank opens it and writes."""
 
     def __init__(self, cfg, world, progress, run_plan):
-        self.cfg, self.world, self.plan = cfg, world, run_plan
+        self.cfg, self.world, self.progress, self.plan = cfg, world, progress, run_plan
         self.out_dir = Path(cfg.out_dir)
+        self.path = self.out_dir / "log.jsonl"
         self.first_step, self.hours_before = progress.step, progress.hours
-        self.started = time.time()
+        self.started = time.monotonic()
         self.seconds, self.n_timed = 0.0, 0     # of steps since the last line of log.jsonl
         self.drawn = self.started           # when the last loss.png was drawn
-        self.file, self.bar, self.trackers = None, None, []
+        self.is_open, self.unwritten = False, b""   # bytes of log.jsonl that are not on the disk
+        self.bar, self.trackers = None, []
 
     def open(self, data):
         """Start log.jsonl, or go on with it from the step of the checkpoint."""
         self.tokens_per_epoch = data.n_windows * data.block_size
-        path = self.out_dir / "log.jsonl"
-        # a killed run may have logged steps after its last checkpoint: they will come again
-        kept = [entry for entry in read_log(path) if entry.get("step", 0) <= self.first_step]
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        if self.cfg.wandb_log:
+            self.trackers.append(Wandb(self.cfg, self.progress))
+        if self.cfg.tensorboard_log:
+            self.trackers.append(TensorBoard(self.cfg, self.first_step))
+        if not self.progress.replaces:
+            # a killed run may have logged steps after its last checkpoint: they will come again
+            kept = [entry for entry in read_log(self.path) if entry["step"] <= self.first_step]
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.is_open = True
         self.write(step=self.first_step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
                    device=runtime.device_name(self.world.device), world_size=self.world.size,
                    versions=runtime.versions(), config=asdict(self.cfg),
                    dataset=data.fingerprint, parameters=self.plan.size.total)
-        if self.cfg.wandb_log:
-            self.trackers.append(Wandb(self.cfg, self.first_step))
-        if self.cfg.tensorboard_log:
-            self.trackers.append(TensorBoard(self.cfg, self.first_step))
         print(f"output     {self.out_dir}, from step {self.first_step:,} on")
 
     def write(self, **entry):
-        self.file.write(json.dumps(entry) + "\n")
+        """Add a line to log.jsonl."""
+        for name, number in entry.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                entry[name] = None          # JSON has no infinity
+        self.unwritten += json.dumps(entry).encode() + b"\n"
+        self.flush()
+
+    def flush(self):
+        """Write the lines that are waiting. What the disk does not take is tried again later."""
+        if self.progress.replaces or not self.unwritten:    # log.jsonl may be of an older run
+            return
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                n_written = file.write(self.unwritten)      # on a full disk perhaps not all
+            self.unwritten = self.unwritten[n_written:]
+        except OSError as error:
+            self.world.print(f"warning    {self.path} cannot be written, the run goes on: {error}")
 
     def hours_of_process(self):
         """Hours since this process began to train."""
-        return (time.time() - self.started) / 3600
+        return (time.monotonic() - self.started) / 3600
 
     def hours(self):
         """Hours of training so far, over all processes that went on with this run."""
@@ -82,19 +112,28 @@ class RunLog:
     def evaluation(self, step, val_loss):
         """Report a validation loss."""
         self.world.print(f"step {step:,}: val loss {val_loss:.4f}")
-        if not self.file:
+        if not self.is_open:
             return
         self.write(step=step, val_loss=val_loss, hours=self.hours())
-        for tracker in self.trackers:
-            tracker.log({"val/loss": val_loss}, step)
-        if time.time() - self.drawn > SECONDS_BETWEEN_PICTURES:
+        self.track({"val/loss": val_loss}, step)
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
             self.draw()
+
+    def track(self, numbers, step):
+        """Send numbers to wandb and TensorBoard. One that fails gets no more."""
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(numbers, step)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.world.print(f"warning    {type(tracker).__name__} failed, and the run goes on "
+                                 f"without it: {error}")
 
     def draw(self):
         """loss.png of this run, if matplotlib is installed. A picture never stops a run."""
-        self.drawn = time.time()
+        self.drawn = time.monotonic()
         try:
-            entries = read_log(self.out_dir / "log.jsonl")
+            entries = read_log(self.path)
             figure.draw({str(self.out_dir): entries}, self.out_dir / "loss.png")
         except ModuleNotFoundError:
             pass
@@ -105,7 +144,7 @@ class RunLog:
         """Report a step that took so many seconds."""
         if step > self.first_step + 1:      # the first step compiles: its time says nothing
             self.seconds, self.n_timed = self.seconds + seconds, self.n_timed + 1
-        if not self.file:
+        if not self.is_open:
             return
         tokens_per_step = self.cfg.windows_per_step * self.cfg.block_size
         tokens, rate, mfu = step * tokens_per_step, None, None
@@ -124,8 +163,7 @@ class RunLog:
             return
         self.write(step=step, tokens=tokens, epoch=epoch, train_loss=loss, lr=lr,
                    grad_norm=grad_norm, tokens_per_s=rate, mfu=mfu, hours=self.hours())
-        for tracker in self.trackers:
-            tracker.log({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu}, step)
+        self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu}, step)
         if self.bar.disable:                # no terminal: a line in the place of the bar
             line = ", ".join(f"{name} {number}" for name, number in numbers.items())
             print(f"step {step:,}/{self.cfg.max_iters:,}: {line}, {self.time_left(step)} left")
@@ -151,36 +189,39 @@ class RunLog:
             return "-"
         return tqdm.format_interval((self.cfg.max_iters - step) * self.seconds / self.n_timed)
 
-    def close(self, progress):
+    def close(self):
         """End the bar; say why the run ends and how to go on."""
         if self.bar:
             self.bar.close()
+        if not self.is_open:
+            return
         for tracker in self.trackers:
             tracker.close()
-        if not self.file:
-            return
         self.draw()
+        step, best = self.progress.step, "-"
+        if math.isfinite(self.progress.best_val_loss):
+            best = f"{self.progress.best_val_loss:.4f}"
         reason, advice = "stopped on request", "--init_from=resume goes on"
-        if progress.step >= self.cfg.max_iters:
+        if step >= self.cfg.max_iters:
             reason = "finished"
             advice = f"`python sample.py --out_dir={self.out_dir}` lets it write"
         elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
-        print(f"{reason} at step {progress.step:,} after {self.hours():.2f} hours, best val loss "
-              f"{progress.best_val_loss:.4f}. {advice}")
+        print(f"{reason} at step {step:,} after {self.hours():.2f} hours, best val loss {best}. "
+              f"{advice}")
 
 
 class Wandb:
-    def __init__(self, cfg, first_step):
+    def __init__(self, cfg, progress):
+        self.wandb = import_package("wandb", "wandb_log = True")
         try:
-            import wandb
-        except ModuleNotFoundError:
-            raise UserError("wandb_log = True needs wandb: pip install wandb, "
-                            "or set --wandb_log=False") from None
-        resume = "allow" if first_step else None
-        self.wandb = wandb
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg),
-                   resume=resume)
+            run = self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
+                                  config=asdict(cfg), id=progress.wandb_id or None, resume="allow")
+        except Exception as error:          # no account, no network, a wrong project
+            raise UserError(f"wandb does not start ({error}). `wandb login` gives it your "
+                            "account, WANDB_MODE=offline needs none, and --wandb_log=False goes "
+                            "without it") from None
+        progress.wandb_id = run.id          # a resumed run goes on in the same one
 
     def log(self, numbers, step):
         self.wandb.log({"iter": step, **numbers}, step=step)
@@ -191,11 +232,8 @@ class Wandb:
 
 class TensorBoard:
     def __init__(self, cfg, first_step):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            raise UserError("tensorboard_log = True needs tensorboard: pip install tensorboard, "
-                            "or set --tensorboard_log=False") from None
+        import_package("tensorboard", "tensorboard_log = True")
+        from torch.utils.tensorboard import SummaryWriter
         purge_step = first_step + 1 if first_step else None
         self.writer = SummaryWriter(cfg.out_dir, purge_step=purge_step)
 

@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -74,8 +75,10 @@ class World:
 def start(device="auto", backend="auto"):
     """Find the device, join the other ranks if torchrun started several; return the World."""
     grow_cuda_segments()
-    # torch keeps compiled kernels in /tmp, which a reboot empties; here a resumed run finds them
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(PROJECT / ".cache" / "inductor"))
+    # torch keeps compiled kernels in /tmp, which a reboot empties; here a resumed run finds them.
+    # A compiler's command line cannot have every path in it: no space, no quote
+    if re.fullmatch(r"[\w./:\\+-]+", str(PROJECT)):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(PROJECT / ".cache" / "inductor"))
     device = pick_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32
@@ -105,6 +108,8 @@ def distribute(model, world):
     """A view of `model` whose backward adds up the gradients of all ranks."""
     if world.size == 1:
         return model
+    # one graph for all blocks: torch would cut it, to send gradients during a backward pass
+    torch._dynamo.config.optimize_ddp = False
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -222,19 +227,28 @@ def divisor(n, limit):
 
 
 def stop_event():
-    """An event that the first Ctrl-C (or SIGTERM) sets. The second one ends the process at once."""
+    """An event that is set by Ctrl-C, by SIGTERM, and by SIGHUP, which a closed terminal sends.
+
+    When Ctrl-C or SIGTERM comes again, it ends the process at once.
+    """
     event = threading.Event()
+    hangup = getattr(signal, "SIGHUP", None)            # Windows has none
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:       # nohup ignores it
+        numbers.append(hangup)
 
     def on_signal(number, frame):
         event.set()
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
+        following = signal.SIG_DFL
+        if number == hangup:                            # some terminals send two
+            following = signal.SIG_IGN
+        signal.signal(number, following)
         # not print: it may be interrupted in the middle of another print
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping: this step ends, then the run is saved (again: at once)\n")
 
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, on_signal)
+    for number in numbers:
+        signal.signal(number, on_signal)
     return event
 
 

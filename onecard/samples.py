@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from onecard.documents import FINEWEB
 from onecard.files import replace, written_beside
-from onecard.settings import UserError
+from onecard.settings import UserError, import_package
 
 REPOSITORY = "HuggingFaceFW/fineweb"
 FILE = "data/CC-MAIN-2013-20/000_00000.parquet"         # 2 GB
@@ -22,12 +22,12 @@ def download_fineweb():
         print(f"{FINEWEB} is already here")
         return
     unfinished = FINEWEB.parent / "download"
+    hub = import_package("huggingface_hub", "--download")
     try:
-        import huggingface_hub as hub
         path = hub.hf_hub_download(REPOSITORY, FILE, repo_type="dataset", local_dir=unfinished)
     except Exception as error:          # of several libraries: no network, a full disk
-        raise UserError(f"the download of {FILE} failed ({error}). It needs the network and `pip "
-                        "install huggingface_hub`; the same command tries again") from None
+        raise UserError(f"the download of {FILE} failed ({error}); the same command tries again"
+                        ) from None
     replace(path, FINEWEB)
     shutil.rmtree(unfinished)
 

@@ -16,6 +16,7 @@ import tiktoken
 from onecard.files import sha256
 from onecard.settings import UserError
 
+DATA = Path("data")                     # where datasets lie
 VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 N_VOCAB = 50257                         # ids 0 to 50256
@@ -42,6 +43,7 @@ def gpt2():
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding. "<|endoftext|>" in a text is text, never id 50256."""
+    identity = VOCABULARY_SHA256        # what a checkpoint says of the meaning of its ids
     n_vocab = N_VOCAB
     start = END_OF_TEXT                 # the id that stands before a document's first word
 
@@ -61,11 +63,14 @@ class GPT2Tokenizer:
 
 
 class CharTokenizer:
-    """A vocabulary of characters, from the meta.pkl of a nanoGPT dataset."""
+    """A vocabulary of characters, as a nanoGPT dataset has it."""
 
-    def __init__(self, meta):
-        self.stoi, self.itos = meta["stoi"], meta["itos"]
-        self.n_vocab = len(self.itos)
+    def __init__(self, letters):
+        if not all(isinstance(letter, str) and len(letter) == 1 for letter in letters):
+            raise UserError("a vocabulary of characters needs one character for each id")
+        self.identity = letters         # in the order of their ids
+        self.stoi = {letter: i for i, letter in enumerate(letters)}
+        self.n_vocab = len(letters)
         self.start = self.stoi.get("\n", 0)
 
     def encode(self, text):
@@ -78,7 +83,13 @@ class CharTokenizer:
 
     def decode_bytes(self, ids):
         """The bytes of `ids`, UTF-8."""
-        return "".join(self.itos[int(i)] for i in ids).encode()
+        return "".join(self.identity[int(i)] for i in ids).encode("utf-8", "replace")
+
+
+class UnknownTokenizer:
+    """Stands for a vocabulary that nobody recorded: its ids can be trained on, but not read."""
+    identity = "unknown"
+    n_vocab = None
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -88,13 +99,47 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is code")
 
 
-def of_dataset(folder):
-    """The tokenizer of a dataset: GPT-2's, unless the folder has a meta.pkl of characters."""
+def is_recorded(folder):
+    """Whether a dataset says which tokenizer made its ids. nanoGPT's of GPT-2's ids do not."""
+    return any((Path(folder) / name).is_file() for name in ("meta.json", "meta.pkl"))
+
+
+def of_dataset(folder, vocab_size):
+    """The tokenizer of a dataset's ids, for a model of `vocab_size` ids."""
     path = Path(folder) / "meta.pkl"
-    if not path.is_file():
+    if path.with_name("meta.json").is_file():       # prepare.py's
         return GPT2Tokenizer()
+    if not path.is_file():
+        return by_size(vocab_size)
     try:
-        return CharTokenizer(PlainUnpickler(io.BytesIO(path.read_bytes())).load())
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError):
-        raise UserError(f"{path} has no characters (stoi, itos). Without that file the ids are "
-                        "taken for GPT-2's, and --vocab_size sets how many there are") from None
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        characters = CharTokenizer(letters)
+        if characters.stoi == meta["stoi"]:
+            return characters
+    except Exception:                   # a damaged pickle can raise anything
+        pass
+    raise UserError(f"{path} has no characters (stoi, itos), one for each id. Without that file, "
+                    f"ids are GPT-2's with a --vocab_size from {N_VOCAB} on; with a smaller one "
+                    "they can be trained on, but not read")
+
+
+def of_checkpoint(parts):
+    """The tokenizer of the ids of a model, from its checkpoint."""
+    n_rows, identity = parts["model_args"]["vocab_size"], parts.get("tokenizer")
+    if identity is None:                # nanoGPT's sample.py finds characters by the dataset
+        dataset = str(parts.get("config", {}).get("dataset", ""))
+        vocabulary = of_dataset(DATA / dataset, n_rows)
+        return vocabulary if vocabulary.n_vocab == n_rows else by_size(n_rows)
+    if isinstance(identity, list) and len(identity) <= n_rows:
+        return CharTokenizer(identity)
+    if identity == VOCABULARY_SHA256:
+        return by_size(n_rows)
+    return UnknownTokenizer()
+
+
+def by_size(n_rows):
+    """What a model of `n_rows` ids most likely has: GPT-2's, if these are enough for them."""
+    if n_rows >= N_VOCAB:
+        return GPT2Tokenizer()
+    return UnknownTokenizer()

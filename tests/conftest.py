@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from onecard import files
 from onecard.settings import configure
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -77,13 +78,15 @@ def free_port():
 
 @contextlib.contextmanager
 def restoring():
-    """Afterwards, signals and garbage collection are as they were before a run of train.py."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    """Afterwards, signals, garbage collection and locks are as before a run of train.py."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
         gc.enable()
         gc.unfreeze()
+        for folder in list(files.LOCKS):
+            files.unlock(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

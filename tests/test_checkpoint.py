@@ -1,4 +1,5 @@
 import os
+import random
 import resource
 import time
 from pathlib import Path
@@ -115,3 +116,61 @@ def test_the_newest_run_is_found(work):
     assert checkpoint.in_folder("out-a").name == "ckpt.pt"
     with pytest.raises(UserError, match="out-later-but-empty holds no ckpt.pt or best.pt"):
         checkpoint.run_folder("out-later-but-empty")
+
+
+def test_a_bit_that_flips_is_noticed_wherever_it_is(work):
+    checkpoint.save("ckpt.pt", parts(optimizer={"state": {0: torch.ones(9)}}, best_val_loss=3.5))
+    content, rng = Path("ckpt.pt").read_bytes(), random.Random(0)
+    right = checkpoint.load("ckpt.pt")
+    directory = content.index(b"PK\x01\x02")        # of the zip, at its end
+    positions = rng.choices(range(directory), k=300) + rng.choices(
+        range(directory, len(content)), k=300)
+    n_noticed = 0
+    for position in positions:
+        changed = bytearray(content)
+        changed[position] ^= 1 << rng.randrange(8)
+        Path("ckpt.pt").write_bytes(changed)
+        try:
+            read = checkpoint.load("ckpt.pt")
+        except UserError as error:
+            assert "ckpt.pt is damaged: " in str(error) or "not a checkpoint that can" in str(error)
+            n_noticed += 1
+        else:                           # the bit was of no use: of padding, or of a date
+            assert torch.equal(read["optimizer"]["state"][0], torch.ones(9))
+            assert all(torch.equal(w, right["model"][name]) for name, w in read["model"].items())
+            assert read["model_args"] == right["model_args"] and read["best_val_loss"] == 3.5
+    assert n_noticed > 300
+
+
+def test_the_record_that_is_damaged_is_named_and_best_loss_notices_it_too(work):
+    checkpoint.save("best.pt", parts(best_val_loss=2.5))
+    assert checkpoint.best_loss(".") == 2.5
+    content = bytearray(Path("best.pt").read_bytes())
+    content[content.index(head("best.pt").numpy().tobytes()) + 1000] ^= 1
+    Path("best.pt").write_bytes(content)
+    for read in (checkpoint.load, lambda path: checkpoint.best_loss(".")):
+        with pytest.raises(UserError, match="best.pt is damaged: .*data/0 in it is not what"):
+            read("best.pt")
+    Path("best.pt").write_bytes(content[:-9])
+    with pytest.raises(UserError, match="best.pt is not a checkpoint that can be read"):
+        checkpoint.best_loss(".")
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("model", [1], "model is of type list"), ("model_args", None, "model_args is of type NoneType"),
+    ("iter_num", "7", "iter_num is of type str"), ("iter_num", 7.5, "iter_num is of type float"),
+    ("best_val_loss", "low", "best_val_loss is of type str"),
+    ("best_val_loss", torch.ones(2), "best_val_loss has 2 numbers"),
+    ("optimizer", None, "optimizer is of type NoneType"), ("config", 1, "config is of type int"),
+    ("rng", {}, "rng is of type dict"), ("hours", "1", "hours is of type str")])
+def test_a_part_of_another_type_is_named(work, key, value, words):
+    checkpoint.save("ckpt.pt", parts() | {key: value})
+    with pytest.raises(UserError, match=f"checkpoint of this project or of nanoGPT: its {words}"):
+        checkpoint.load("ckpt.pt")
+
+
+def test_a_loss_that_nanogpt_saved_as_a_tensor_is_a_number(work):
+    checkpoint.save("best.pt", parts(best_val_loss=torch.tensor(2.5)))
+    assert checkpoint.best_loss(".") == checkpoint.load("best.pt")["best_val_loss"] == 2.5
+    checkpoint.save("best.pt", parts())
+    assert checkpoint.best_loss(".") == checkpoint.best_loss("nowhere") == float("inf")

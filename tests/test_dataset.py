@@ -132,12 +132,27 @@ def test_a_folder_reads_the_same_without_its_index(tiny, monkeypatch):
     assert dataset.find_documents(ids)[0].tolist() == [0, 2, 5, 6]
 
 
+def llm_c(magic):
+    """The header of a file of llm.c."""
+    return np.array([magic, 1, 100, *[0] * 253], np.int32).tobytes()
+
+
+def wide(content, dtype):
+    return np.frombuffer(content, np.uint16).astype(dtype).tobytes()
+
+
 @pytest.mark.parametrize("name, new_bytes, words", [
     ("tiny/train.bin", lambda old: old[2:], "train.bin has .* bytes where meta.json says"),
     ("tiny/train.idx", lambda old: bytes(len(old)), "train.idx is not the file that prepare.py"),
     ("tiny/meta.json", lambda old: b"{", "meta.json is damaged"),
     ("letters/train.bin", lambda old: old[:16], "8 tokens, fewer than .* block_size . 1 = 9"),
-    ("letters/train.bin", lambda old: old + b"c\0", "token 99, .* vocab_size = 99; it needs 100")])
+    ("letters/train.bin", lambda old: old + b"c\0", "token 99, .* it needs --vocab_size=100"),
+    ("letters/train.bin", lambda old: llm_c(20240520) + old,
+     "train.bin begins with the 1,024 bytes of llm.c's header.* `tail -c .1025 .*train.bin > NEW`"),
+    ("letters/train.bin", lambda old: llm_c(20240801) + old, "holds ids of 4 bytes or more"),
+    ("letters/train.bin", lambda old: wide(old, np.uint32), "holds ids of 4 bytes or more"),
+    ("letters/train.bin", lambda old: wide(old, np.int64), "holds ids of 4 bytes or more"),
+    ("letters/train.bin", lambda old: wide(old[:18], np.int32), "holds ids of 4 bytes or more")])
 def test_files_that_cannot_train_are_refused(tiny, name, new_bytes, words):
     shutil.copytree("data", "copy")
     path = tiny / "copy" / name
@@ -168,3 +183,21 @@ def test_a_dataset_that_is_missing_is_prepared_from_its_parquet(work, capfd):
     write_parquet("data/mine/a.parquet", documents(60))
     ensure_prepared("mine", World(CPU))
     assert sum(Dataset("data/mine", split, 8).n_documents for split in ("train", "val")) == 60
+
+
+def test_ids_that_only_look_like_another_format_are_read(tiny):
+    steps = np.random.default_rng(0).integers(1, 60, 200)
+    steps[1::2] = 0
+    for name, ids in (("zeros", steps * 0), ("one", [*steps, 5, 5]), ("odd", np.roll(steps, 1))):
+        assert Dataset(write_nanogpt(tiny / name, ids), "train", 8).n_tokens == len(ids)
+
+
+def test_a_dataset_may_be_the_path_of_a_prepared_folder(tiny, capfd):
+    (tiny / "data/letters").rename("elsewhere")
+    for name in ("elsewhere", str(tiny / "elsewhere"), "../" + tiny.name + "/elsewhere"):
+        ensure_prepared(name, World(CPU))               # there is nothing to do
+        assert known_tokens(name).train == known_tokens(name).val == 5000
+    for name in (str(tiny / "gone"), "../gone", ""):
+        with pytest.raises(UserError, match="must be a name under data/, or the path of a folder"):
+            ensure_prepared(name, World(CPU))
+    assert capfd.readouterr() == ("", "")

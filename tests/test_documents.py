@@ -1,6 +1,8 @@
 import json
+import math
 import random
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -17,14 +19,15 @@ SEPARATOR = "<|endoftext|>"
 
 
 def read(*paths, column="text"):
-    """All documents of the files, and what was skipped. What batches() promises is checked."""
-    texts, skipped = [], Counter()
-    for batch in documents.batches(paths, column, skipped):
+    """All documents of the files, and what was counted. What batches() promises is checked."""
+    texts, counts = [], Counter()
+    for batch in documents.batches(paths, column, counts):
         batch.validate(full=True)                   # UTF-8
         assert batch.type == pa.large_string() and len(batch) and not batch.null_count
         texts += batch.to_pylist()
-    assert "" not in texts
-    return texts, skipped
+    assert "" not in texts and counts["characters"] == sum(map(len, texts))
+    assert counts["bytes read"] == sum(Path(path).stat().st_size for path in paths)
+    return texts, {name: counts[name] for name in ("null", "empty", "repaired") if counts[name]}
 
 
 def write(path, text):
@@ -52,18 +55,73 @@ def test_every_form_of_a_text_column_gives_the_same_documents(work, kind):
         assert read("a.parquet", column=name) == (texts, {"null": 2, "empty": 1})
     for name in ("n", "outer", "tags", "tags.list.element"):
         with pytest.raises(UserError, match="one of those .* text, outer.body, outer.other$"):
-            documents.text_bytes(["a.parquet"], name)
+            read("a.parquet", column=name)
 
 
 def test_what_is_not_utf8_becomes_the_replacement_character_and_is_counted(work):
-    raw = [b"good", b"bad \xff\xfe end", "\ufffd stays".encode(), b"half \xed\xa0\x80 a pair"]
-    write_parquet("a.parquet", raw, type=pa.binary())
-    write("a.txt", b"\xc9t\xe9\n<|endoftext|>good")
-    write("a.jsonl", b'{"text": "\xff"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}')
-    texts, skipped = read("a.parquet", "a.txt", "a.jsonl")
-    assert texts == ["good", "bad \ufffd\ufffd end", "\ufffd stays", "half \ufffd a pair",
-                     "\ufffdt\ufffd", "good", "\ufffd", "a\ufffdb", "\U0001f600"]
-    assert skipped["repaired"] == 5
+    long = "long \0" * 4 + "x" * 10_000             # a few broken characters in many good ones
+    raw = [b"bad \xff\xfe end", "\ufffd stays".encode(), b"half \xed\xa0\x80 a pair"]
+    write_parquet("a.parquet", [long.encode(), *raw], type=pa.binary())
+    write("a.txt", b"\xc9t\xe9\n<|endoftext|>" + long.encode())
+    write("a.jsonl", to_lines([long]).encode() + b'{"text": "\xff"}\n{"text": "a\\ud800b"}\n'
+          b'{"text": "\\ud83d\\ude00"}')
+    assert read("a.parquet", "a.txt", "a.jsonl") == ([
+        long, "bad \ufffd\ufffd end", "\ufffd stays", "half \ufffd a pair", "\ufffdt\ufffd", long,
+        long, "\ufffd", "a\ufffdb", "\U0001f600"], {"repaired": 7})
+    write("b.jsonl", b'\xef\xbb\xbf{"text": "one"}\n{"text": "cut \\ud83d"}\n')
+    assert read("b.jsonl") == (["one", "cut \ufffd"], {"repaired": 1})     # not the wrong encoding
+    write("c.txt", "\ufeffcut \ud83d here".encode("utf-16be", "surrogatepass"))
+    assert read("c.txt") == (["cut \ufffd here"], {"repaired": 1})
+
+
+FRENCH, NOISE = "d\xe9j\xe0 vu, na\xefve.\n" * 500, random.Random(0).randbytes(4000)
+
+
+@pytest.mark.parametrize("name, raw, advice", [
+    ("a.txt", FRENCH.encode("latin1"), "18.8% of 7,999 .*`iconv -f Latin1 -t UTF-8 a.txt > NEW"),
+    ("a.TXT.GZ", FRENCH.encode("latin1"), "a.TXT.GZ is no .*Latin1 -t UTF-8 a.TXT > NEW.txt`"),
+    ("a.jsonl", to_lines(["x"]).encode() + b'{"text": "\x80"}', "`iconv -f Latin1"),
+    ("a.txt", ("x" * 1999 + "\xe9" * 3).encode("latin1"), "0.1% of 2,002 characters are broken"),
+    ("a.txt", "a text without a mark".encode("utf-16le"), "`iconv -f UTF-16"),
+    ("a.json.zst", '{"text": "\\u0000"}', "100.0% of 1 characters"),
+    ("a.txt", NOISE, "a.txt is no text in UTF-8"), ("a.parquet", NOISE, "Set --text_column"),
+    ("a.parquet", ("x" * 989 + "\0" * 11).encode(), "1.1% of 1,000 characters are broken")])
+def test_a_file_that_is_no_text_in_utf8_is_refused(work, name, raw, advice):
+    if name == "a.parquet":
+        write_parquet(name, [raw], type=pa.binary())
+    else:
+        write(name.replace(".GZ", ".gz"), raw)
+        Path(name.replace(".GZ", ".gz")).rename(name)
+    with pytest.raises(UserError, match=advice):
+        read(name)
+
+
+def test_a_large_file_that_is_no_text_is_refused_before_it_is_read_whole(work):
+    write("a.txt", b"\xa7 is a paragraph, but not in UTF-8.\n\n" * 300_000)
+    counts = Counter()
+    with pytest.raises(UserError, match="2.7% of .* characters are broken"):
+        list(documents.batches(["a.txt"], "text", counts))
+    assert counts["bytes read"] < Path("a.txt").stat().st_size / 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.json.zst"])
+@pytest.mark.parametrize("encoding, mark", [
+    ("utf-8", b"\xef\xbb\xbf"), ("utf-16le", b"\xff\xfe"), ("utf-16be", b"\xfe\xff")])
+def test_the_mark_at_the_beginning_of_a_file_tells_its_encoding_and_is_no_text(
+        work, name, encoding, mark):
+    texts = [text.replace(SEPARATOR, "").strip() for text in make_texts(300)]
+    if name.startswith("a.txt"):
+        text = SEPARATOR.join([f"\r\n{text}\r\n" for text in texts]).replace("\n", "\r\n")
+    else:
+        text = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    write(name, mark + text.encode(encoding))
+    assert read(name)[0] == texts
+    write(name, (mark + (text + SEPARATOR * ("txt" in name)).encode(encoding)) * 2)   # cat a b
+    assert read(name)[0] == texts * 2
+    write(name, (mark + text.encode(encoding))[:-1])
+    if encoding == "utf-16le":
+        with pytest.raises(UserError, match="perhaps it was cut off"):
+            read(name)
 
 
 @pytest.mark.parametrize("n_different", [4000, 20])
@@ -78,7 +136,7 @@ def test_the_memory_does_not_grow_with_the_file(work, n_different):
     assert highest < 30e6
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json"])
 def test_each_line_of_json_is_a_document(work, name):
     texts = [*make_texts(600), "x" * 3_000_000, "\u2028, \x85 and \r\n end no line"]
     plain = '{"text": "東 \u2028 \x85"}'                         # letters without escapes
@@ -109,27 +167,43 @@ def test_a_text_without_blank_lines_is_cut_but_never_inside_of_a_letter(work, li
     assert "".join(texts).replace("\n", "") == line.strip() * 200_000
 
 
-def test_names_mean_files_and_what_is_in_folders_and_no_name_the_one_parquet_file(work):
-    paths = [Path(name) for name in ("f/a.parquet", "g/aa.parquet", "f/b.parquet", "f/c.jsonl.zst")]
-    for path in (*paths, Path("f/readme.md"), documents.SAMPLE):
+@pytest.mark.parametrize("longest", [250_000, 500_000])
+def test_a_separator_is_found_at_every_position_of_a_long_line(work, longest):
+    for i in range(-1, 15):
+        write("a.txt", "x" * (longest - i) + SEPARATOR + "y<|endof")
+        *pieces, last = read("a.txt")[0]
+        assert "".join(pieces) == "x" * (longest - i) and last == "y<|endof"
+
+
+def test_names_mean_files_and_what_is_in_folders_and_no_name_the_one_parquet_file(work, capsys):
+    paths = [Path(name) for name in ("f/B.TXT", "f/a.parquet", "g/aa.parquet", "f/b.Parquet",
+                                     "f/c.jsonl.zst", "f/d.json.GZ")]
+    hidden = [Path("f", name) for name in ("._a.parquet", ".x.txt", "_SUCCESS", "a.parquet.crc",
+                                         "meta.json")]
+    for path in (*paths, *hidden, documents.SAMPLE):
         write(path, "")
-    assert documents.find(["f", "g"], "x") == paths
-    assert documents.find(["f/b.parquet", "./f/b.parquet", "g"], "x") == paths[1:3]
-    for name in ("data/other/x.parquet", "data/fineweb/y.parquet", documents.FINEWEB):
+    assert documents.find(["f", "g"], "x") == paths and capsys.readouterr().out == ""
+    for name in ("f/readme.md", "f/g.parquet/part.md", "f/e.parquet.gz"):
         write(name, "")
+    assert documents.find(["f", "g"], "x") == paths
+    assert capsys.readouterr().out == "f: 3 of 8 names are left out, as e.parquet.gz\n"
+    assert documents.find(["f/b.Parquet", "./f/b.Parquet", "g"], "x") == paths[2:4]
+    for name in ("data/other/x.PARQUET", "data/fineweb/y.parquet", documents.FINEWEB):
+        write(name, "")
+        for hidden in ("._y.parquet", ".cache/z.parquet", "_temporary/z.parquet"):
+            write(Path(name).parent / hidden, "")
+        (Path(name).parent / "a.parquet").mkdir()
         assert documents.find([], "fineweb") == [Path(name)]
-    assert documents.find((), "other") == [Path("data/other/x.parquet")]
+    assert documents.find((), "other") == [Path("data/other/x.PARQUET")]
     assert documents.find((), "sample") == [documents.SAMPLE]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst"])
-def test_a_file_is_measured_without_reading_and_a_damaged_one_is_named(work, name):
+def test_a_damaged_file_is_named(work, name):
     texts = make_texts(3000)
     write_parquet("a.parquet", texts)
     write("a.jsonl.gz", to_lines(texts))
     write("a.txt.zst", SEPARATOR.join(texts))
-    truth = sum(len(text.encode()) for text in texts)
-    assert 0.6 < documents.text_bytes([name, name], "text") / (2 * truth) < 1.7
     whole, middle = Path(name).read_bytes(), Path(name).stat().st_size // 2
     for damaged in (whole[:middle], whole[:middle] + bytes(9000) + whole[middle + 9000:]):
         Path(name).write_bytes(damaged)
@@ -137,22 +211,93 @@ def test_a_file_is_measured_without_reading_and_a_damaged_one_is_named(work, nam
             read(name)
 
 
-def test_a_column_that_counts_tokens_is_believed_and_a_small_text_gives_more_to_val(work):
-    for kind, total in ((pa.int32(), 1000), (pa.float64(), 1000), (pa.string(), None)):
-        pq.write_table(pa.table({"token_count": pa.array([600, 398]).cast(kind)}), "a.parquet")
-        assert documents.token_count("a.parquet") == total
-    assert documents.token_count(write_parquet("b.parquet", ["x"])) is None
+def test_what_cannot_be_read_is_refused_with_its_reason_and_zeros_after_a_gz_are_nothing(work):
+    text = to_lines(make_texts(100)).encode()
+    write("a.jsonl", text)
+    write("b.jsonl.gz", text)
+    for padded in (Path("b.jsonl.gz").read_bytes() + bytes(1000), Path("b.jsonl.gz").read_bytes()):
+        Path("c.jsonl.gz").write_bytes(padded * 2)
+        assert read("c.jsonl.gz")[0] == read("a.jsonl")[0] * 2
+    Path("d.jsonl.gz").write_bytes(text)
+    Path("e.txt").mkdir()
+    frame = bytes.fromhex("28b52ffd 00a8") + (len(text) << 3 | 1).to_bytes(3, "little") + text
+    Path("f.jsonl.zst").write_bytes(frame)          # its window is 2 GB
+    Path("g.jsonl.zst").write_bytes(frame.replace(b"\xa8", b"\x80", 1))            # 64 MB
+    assert read("g.jsonl.zst")[0] == read("a.jsonl")[0]
+    for name, reason in (("d.jsonl.gz", "of another kind: Not a gzipped file"),
+                         ("e.txt", "as the system says: Is a directory"),
+                         ("f.jsonl.zst", ".*`zstd -d --long=31 f.jsonl.zst` unpacks it")):
+        with pytest.raises(UserError, match=f"^{name} cannot be read, .*{reason}"):
+            read(name)
+
+
+@pytest.mark.parametrize("has_plain_footer", [True, False])
+def test_an_encrypted_column_is_refused_and_a_plain_one_beside_it_is_read(work, has_plain_footer):
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key, name):
+            return key.hex()
+
+    table = pa.table({"text": make_texts(9), "open": ["a"] * 9, "token_count": range(9)})
+    properties = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(), encryption.EncryptionConfiguration(
+            footer_key="f", column_keys={"c": ["text", "token_count"]},
+            plaintext_footer=has_plain_footer))
+    with pq.ParquetWriter("a.parquet", table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="a.parquet cannot be read, as it is encrypted"):
+        read("a.parquet")
+    assert documents.token_count("a.parquet") is None
+    if has_plain_footer:
+        assert read("a.parquet", column="open")[0] == ["a"] * 9
+
+
+def test_of_two_columns_with_one_name_none_is_taken_and_a_file_without_rows_is_empty(work):
+    kinds = [("text", pa.string()), ("text", pa.int64()), ("n", pa.string())]
+    pq.write_table(pa.table([["a"], [1], ["b"]], schema=pa.schema(kinds)), "a.parquet")
+    with pytest.raises(UserError, match="a.parquet has several columns named 'text'; rename"):
+        read("a.parquet")
+    assert read("a.parquet", column="n")[0] == ["b"]
+    pq.ParquetWriter("b.parquet", pa.schema(kinds[:1])).close()         # no row group
+    assert read("b.parquet") == ([], {}) and documents.token_count("b.parquet") is None
+
+
+@pytest.mark.parametrize("counts, total", [
+    ([600, 398], 1000), (pa.array([600, 398], pa.int16()), 1000), ([600.0, 398], 1000),
+    ([600.5, 398], None), ([math.nan, 398], None), ([math.inf, 398], None), ([None, 398], None),
+    (["600", "398"], None), ([True, False], None), ([-600, 398], None), ([2**40, 1], None),
+    ([[600], [398]], None), ([{"n": 600}, {"n": 1}], None), ([None, None], None)])
+def test_a_column_that_counts_tokens_is_a_hint_that_is_right_or_unknown(work, counts, total):
+    pq.write_table(pa.table({"token_count": counts}), "a.parquet")
+    assert documents.token_count("a.parquet") == total
+    write("b.parquet", "no parquet")
+    for name in (write_parquet("c.parquet", ["x"]), "b.parquet", "gone.parquet"):
+        assert documents.token_count(name) is None
+
+
+def test_a_small_text_gives_more_to_val():
     shares = [documents.val_share(text_bytes) for text_bytes in (0, 1e6, 4e6, 1e8, 3e9)]
     assert shares == [0.1, 0.1, 0.05, 0.005, 0.005]
 
 
+def test_a_line_of_json_that_never_ends_is_not_read_whole(work, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 1 << 20)
+    write("a.json", to_lines(["x"]) + "[" + to_lines(["x" * 99]).replace("\n", ", ") * 90_000 + "]")
+    counts = Counter()
+    with pytest.raises(UserError, match="line 2 of a.json is longer than 1,048,576 letters; write"):
+        list(documents.batches(["a.json"], "text", counts))
+    assert not counts["bytes read"]
+
+
 @pytest.mark.parametrize("files, names, sentence", [
     ({}, ["gone.parquet"], "gone.parquet does not exist"),
-    ({"f/a.parquet.gz": ""}, ["f"], "f is no .parquet, .jsonl or .txt file"),
+    ({"f/a.parquet.gz": ""}, ["f"], "f is no .parquet, .jsonl, .json or"),
     ({}, [], "there is no parquet file under"),
     ({"data/a.parquet": "", "data/b.parquet": ""}, [], "can mean 2 parquet files, as data/a.pa"),
     ({"a.parquet": "no parquet"}, ["a.parquet"], "a.parquet cannot be read"),
     ({"a.jsonl": "[1]\n"}, ["a.jsonl"], "line 1 of a.jsonl is no JSON object: '[1]"),
+    ({"a.json": "[" * 100_000}, ["a.json"], "line 1 of a.json is no JSON object: '[[["),
     ({"a.jsonl": '{"text": "x"}\n\n{"text'}, ["a.jsonl"], "line 3 of a.jsonl is no JSON object"),
     ({"a.jsonl": '{"text": "x"}\n{"text": 5}'}, ["a.jsonl"], "line 2 of a.jsonl has no text in"),
     ({"a.jsonl": '{"body": "x", "n": 1}'}, ["a.jsonl"], "the fields that it has: body, n")])
@@ -165,6 +310,10 @@ def test_a_mistake_is_one_sentence(work, files, names, sentence):
 
 
 def test_a_download_that_cannot_work_is_one_sentence(work, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="000_00000.parquet failed .*pip install huggingface_hub"):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)           # it is not installed
+    with pytest.raises(UserError, match="^--download needs .*: pip install huggingface_hub$"):
+        samples.download_fineweb()
+    hub = types.SimpleNamespace(hf_hub_download=lambda *_, **__: open("no/network"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(UserError, match="000_00000.parquet failed .*no/network.*tries again$"):
         samples.download_fineweb()

@@ -1,6 +1,5 @@
 import json
 import math
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,17 @@ from model import GPT, GPTConfig
 from onecard import checkpoint
 from onecard.settings import UserError
 from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from test_tokenizer import write_letters
 
 CPU = ["--device=cpu", "--dtype=float32"]
 TEXTS = documents(12, longest=20) + ["", "naïve Zürich", "東京 🙂"]
 IDS = [np.array([END_OF_TEXT, *GPT2Tokenizer().encode(text)], np.uint16) for text in TEXTS]
 
 
-def write_run(folder, kind=GPT, scale=4, dataset="texts", vocab_size=50304):
+def write_run(folder, kind=GPT, scale=4, dataset="texts", vocab_size=50304, block_size=16):
     """A run whose model is not trained but has opinions; returns the model."""
     torch.manual_seed(len(folder))
-    config = GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32)
+    config = GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=32)
     model = kind(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -39,8 +39,7 @@ def evaluated(work, capsys):
     """What `eval.py --json` prints, on data/texts, which has TEXTS, or on three characters."""
     write_nanogpt(work / "data" / "texts", np.concatenate(IDS))
     write_nanogpt(work / "data" / "chars", np.arange(200) % 3)
-    meta = {"stoi": {"a": 0, "é": 1, "b": 2}, "itos": {0: "a", 1: "é", 2: "b"}}
-    (work / "data" / "chars" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    write_letters(work / "data" / "chars", "aéb")
 
     def evaluate(*args):
         run(eval_file, *CPU, "--json", *args)
@@ -130,11 +129,69 @@ def test_two_models_are_compared_document_by_document(evaluated, capsys):
     (["--compare", "out"], "only --compare takes models, and two of them: --compare out-a out-b"),
     (["--compare", "out", "out-chars"], "out-chars/ckpt.pt, step 7 has another vocabulary than"),
     (["--out_dir=out-chars", "--dataset=texts"], "has another vocabulary than data/texts"),
-    (["--out_dir=out-small"], "holds token 50256, but the model has vocab_size = 64")])
+    (["--out_dir=out-small"], "its 64 ids are neither GPT-2's nor"),
+    (["--out_dir=out", "--dataset=bare"], "holds token 50300, but the model knows"),
+    (["--out_dir=out-chars", "--dataset=other"], "has another vocabulary than data/other"),
+    (["--out_dir=out-chars", "--dataset=bare"], "has another vocabulary than data/bare"),
+    (["--out_dir=out", "--dataset=empty"], "data/empty val has no document with a token to"),
+    (["--out_dir=out", "--dataset=../.."], "dataset = '../..' must be a name under data/"),
+    (["--stride=-1"], "stride = -1 must be at least 0"),
+    (["--batch_size=0"], "batch_size = 0 must be at least 1"),
+    (["--batch_size=100000"], "batch_size = 100000 must be at most 65,536"),
+    (["--max_documents=-1"], "max_documents = -1 must be at least 0")])
 def test_mistakes_get_one_sentence(evaluated, args, sentence):
     write_run("out")
     write_run("out-chars", dataset="chars", vocab_size=3)
     write_run("out-small", vocab_size=64)
+    write_nanogpt(Path("data/bare"), [END_OF_TEXT, 50300, 7])
+    write_nanogpt(Path("data/empty"), [END_OF_TEXT] * 3)
+    write_nanogpt(Path("data/other"), np.arange(200) % 3)
+    write_letters(Path("data/other"), "xyz")
     with pytest.raises(UserError) as error:
         evaluated(*args)
     assert sentence in str(error.value)
+
+
+def test_a_result_that_cannot_be_kept_is_printed_and_one_line_says_so(evaluated, capsys):
+    write_run("out")
+    Path("out/eval.json").mkdir()
+    run(eval_file, *CPU)
+    printed, warning = capsys.readouterr()
+    assert "bits per byte" in printed
+    assert warning.splitlines()[-1].startswith("warning: out/eval.json could not be written: ")
+    assert evaluated()["documents"] == 15
+
+
+class Lengths(GPT):
+    """A GPT that notes how long the windows are that it reads."""
+
+    def hidden(self, idx, cache=None):
+        self.lengths = {*getattr(self, "lengths", ()), idx.size(1)}
+        return super().hidden(idx, cache)
+
+
+@pytest.mark.parametrize("block_size, lengths", [(256, {64, 128, 192, 256}), (200, {64, 192, 200})])
+def test_few_lengths_are_read_and_padding_changes_no_loss(work, block_size, lengths):
+    model = write_run("out", Lengths, vocab_size=64, block_size=block_size)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(64, size=n) for n in (2, 60, 65, 66, 150, 180, 193, 250, 300)]
+    losses = eval_file.document_losses(model, documents, 64, 1)
+    assert lengths <= model.lengths and all(
+        n % 64 == 0 or n == block_size for n in model.lengths)
+    assert losses == pytest.approx([naive_loss(model, d, 64) for d in documents], rel=1e-5)
+
+
+def test_a_dataset_may_be_any_prepared_folder(evaluated):
+    write_run("out")
+    right = evaluated()
+    Path("data/texts").rename("elsewhere")
+    assert evaluated("--dataset=elsewhere")["loss"] == right["loss"]
+    assert evaluated(f"--dataset={Path('elsewhere').resolve()}")["loss"] == right["loss"]
+    write_run("out-elsewhere", dataset=str(Path("elsewhere").resolve()))
+    assert evaluated("--out_dir=out-elsewhere")["documents"] == 15
+
+
+def test_a_model_that_knows_nothing_has_a_perplexity(evaluated):
+    write_run("out", scale=300)
+    result = evaluated()
+    assert result["loss"] > 710 and math.isfinite(result["perplexity"])

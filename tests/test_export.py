@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import export
-from conftest import documents, run
+from conftest import documents, run, write_nanogpt
 from model import GPT, GPTConfig, open_model
 from onecard import checkpoint, gguf, pretrained
 from onecard.settings import UserError
@@ -24,7 +24,7 @@ GGUF_ROWS = {"gpt2": [("attn_qkv", "attn.c_attn", 0, 96), ("ffn_down", "mlp.c_pr
              "qwen3": [("attn_k", "attn.c_attn", 32, 64), ("ffn_up", "mlp.c_fc", 128, 256)]}
 
 
-def write_run(folder, **changes):
+def write_run(folder, tokenizer=None, **changes):
     """Write the checkpoint of a run, with random weights that are not all small."""
     sizes = dict(block_size=128, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def write_run(folder, **changes):
         for p in model.parameters():
             p.mul_(4).add_(0.02 * torch.randn_like(p))
     parts = {"model": model.state_dict(), "model_args": model.config.model_args(),
-             "iter_num": 7, "config": {"dataset": "tiny"}}
+             "iter_num": 7, "config": {"dataset": "tiny"}, "tokenizer": tokenizer}
     folder.mkdir()
     checkpoint.save(folder / "best.pt", parts)
     return parts
@@ -61,7 +61,7 @@ def greedy(model, n_tokens):
 @both_families
 def test_a_stranger_with_transformers_gets_the_same_losses_and_words(exports, family):
     folder = exports / f"hf-{family}"
-    model = open_model(exports / f"out-{family}")[0].eval()
+    model = open_model(exports / f"out-{family}").model.eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     encode = transformers.AutoTokenizer.from_pretrained(folder)
     for text in documents(8):
@@ -89,7 +89,7 @@ def test_the_tokenizer_is_gpt2s(exports):
 
 @both_families
 def test_a_gguf_file_has_the_weights_under_the_names_of_llama_cpp(exports, family):
-    model, _, _ = open_model(exports / f"out-{family}")
+    model = open_model(exports / f"out-{family}").model
     weights = model.state_dict()
     tensors = gguf.tensors(pretrained.to_transformers(model.config, weights))
     for name, ours, begin, end in GGUF_ROWS[family]:
@@ -119,12 +119,12 @@ def test_llama_cpp_continues_as_the_model_does(exports, work, family):
         ids = GPT2Tokenizer().encode(text).tolist()
         assert llama.tokenize(text.encode(), add_bos=True) == [END_OF_TEXT, *ids]
     words = list(itertools.islice(llama.generate([END_OF_TEXT], temp=0.0, top_k=1), 64))
-    model = open_model(exports / f"out-{family}")[0].eval()
+    model = open_model(exports / f"out-{family}").model.eval()
     assert [END_OF_TEXT, *words] == greedy(model, 64)[0].tolist()
 
 
 def test_what_differs_from_the_model_is_refused(exports, tiny):
-    model = open_model(exports / "out-qwen3")[0].eval()
+    model = open_model(exports / "out-qwen3").model.eval()
     theirs = pretrained.to_transformers(model.config, model.state_dict())
     theirs.model.layers[1].self_attn.k_proj.weight.data[0, 0] += 1
     with pytest.raises(RuntimeError, match="does not hold the model's blk.1.attn_k.weight"):
@@ -133,11 +133,16 @@ def test_what_differs_from_the_model_is_refused(exports, tiny):
         export.compare(model, theirs)
     report = export.check_hf(exports / "hf-qwen3", model, "tiny")
     assert "tokens of its text are the same" in report and " 0 tokens" not in report
+    write_nanogpt(tiny / "data" / "more", [END_OF_TEXT, 50300, END_OF_TEXT])
+    with pytest.raises(UserError, match="dataset more has other tokens than .*nothing is written"):
+        export.check_hf(exports / "hf-qwen3", model, "more")
+    for gone in ("gone", str(tiny / "gone"), "", "/"):
+        assert " 0 tokens" in export.check_hf(exports / "hf-qwen3", model, gone)
     path = shutil.copytree(exports / "hf-qwen3", tiny / "changed") / "tokenizer.json"
     content = json.loads(path.read_text("utf-8"))
     del content["model"]["merges"][:20]
     path.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(UserError, match="data/tiny has other tokens than .*nothing is written"):
+    with pytest.raises(UserError, match="dataset tiny has other tokens than .*nothing is written"):
         export.check_hf(tiny / "changed", model, "tiny")
 
 
@@ -155,12 +160,17 @@ def test_an_export_that_fails_leaves_nothing(work, kind):
     (["--format=onnx"], "format = 'onnx'; use hf or gguf"),
     (["--init_from=gpt2"], "--to=FOLDER says where to write"),
     (["--out_dir=nowhere"], "nowhere holds no ckpt.pt or best.pt"),
-    (["--out_dir=characters"], "has a vocabulary of its own .65 ids., and an export needs"),
+    (["--out_dir=characters"], "its 65 ids are neither GPT-2's nor"),
+    (["--out_dir=letters"], "has a vocabulary of its own .2 ids., and an export needs GPT-2's"),
+    (["--out_dir=letters", "--format=gguf"], "has a vocabulary of its own .2 ids., and an export"),
+    (["--out_dir=own", "--format=gguf"], "its 50,304 ids are neither GPT-2's nor"),
     (["--out_dir=mixed"], "nearest that they know, qwen3, cannot have norm = 'layernorm'"),
     (["--out_dir=embedded"], "nearest that they know, gpt2, cannot have embed_norm = True"),
     (["--out_dir=mixed", "--to=mine"], "mine is there already, and stays as it is")])
 def test_mistakes_get_one_sentence(work, arguments, sentence):
     write_run(work / "characters", vocab_size=65)
+    write_run(work / "letters", ["a", "b"], vocab_size=2)
+    write_run(work / "own", "unknown")
     write_run(work / "mixed", position="rotary")
     write_run(work / "embedded", embed_norm=True)
     (work / "mine").write_text("years of work")

@@ -9,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PROJECT
-from model import GPT, NANOGPT_ARGS, GPTConfig, open_model
+from model import GPT, NANOGPT_ARGS, GPTConfig, RMSNorm, open_model
 from onecard import checkpoint
 from onecard.generate import KVCache
 from onecard.pretrained import to_transformers
 from onecard.settings import UserError, read_config_file
+from onecard.tokenizer import VOCABULARY_SHA256
 
 MODERN = read_config_file(PROJECT / "config" / "modern.py")
 MIXED = dict(position="rotary", norm="rmsnorm", mlp="gelu_tanh", bias=False)
@@ -226,22 +227,39 @@ def test_a_checkpoint_of_nanogpts_compiled_model_is_read():
 
 
 def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work):
-    model = noisy(**MODERN | dict(embed_norm=False))
+    model = noisy(**MODERN | dict(embed_norm=False, vocab_size=50304))
     (work / "out").mkdir()
     checkpoint.save("out/ckpt.pt", {**parts_of(model), "config": {"dataset": "tiny"}})
     to_transformers(model.config, model.state_dict()).save_pretrained("theirs")
-    labels, idx = [], torch.randint(320, (1, 16))
+    labels, idx = [], torch.randint(50257, (1, 16))
     for name in ("out", "out/ckpt.pt", "theirs"):
-        opened, label, settings = open_model(name)
-        labels.append((label, settings))
-        assert torch.equal(opened.eval()(idx), model(idx))
-    run = ("out/ckpt.pt, step 7", {"dataset": "tiny"})
-    assert labels == [run, run, ("theirs", {})]
+        opened = open_model(name)
+        labels.append((opened.label, opened.dataset))
+        assert torch.equal(opened.model.eval()(idx), model(idx))
+        assert opened.vocabulary.identity == VOCABULARY_SHA256
+    run = ("out/ckpt.pt, step 7", "tiny")
+    assert labels == [run, run, ("theirs", "")]
+
+
+def test_a_model_of_ids_that_nobody_knows_is_not_used(work):
+    checkpoint.save("ckpt.pt", parts_of(small()))
+    with pytest.raises(UserError, match="ckpt.pt, step 7: its 320 ids are neither GPT-2's"):
+        open_model("ckpt.pt")
 
 
 @pytest.mark.parametrize("changes, sentence", [
     (dict(norm="rms"), "norm = 'rms'; use layernorm or rmsnorm"),
     (dict(n_layer=0), "n_layer = 0 must be at least 1"),
+    (dict(n_layer=1001), "n_layer = 1001 must be at most 1,000"),
+    (dict(vocab_size=2**16 + 1), "vocab_size = 65537 must be at most 65,536"),
+    (dict(n_embd=2**17), "n_embd = 131072 must be at most 65,536"),
+    (dict(n_head=2**17), "n_head = 131072 must be at most 65,536"),
+    (dict(block_size=2**21), "block_size = 2097152 must be at most 1,048,576"),
+    (dict(n_inner=-1), "n_inner = -1 must be at least 0"),
+    (dict(n_inner=2**21), "n_inner = 2097152 must be at most 1,048,576"),
+    (dict(rope_theta=math.nan), "rope_theta = nan must be at least 1"),
+    (dict(rope_theta=math.inf), "rope_theta = inf must be at most 1"),
+    (dict(dropout=math.nan), "dropout = nan is a probability"),
     (dict(n_head=7), "n_embd = 64 does not divide into n_head = 7 heads; use a multiple of 7"),
     (dict(n_embd=60, position="rotary"), "rotary positions need an even n_embd / n_head, not 15"),
     (dict(rope_theta=0.0), "rope_theta = 0.0 must be at least 1"),
@@ -253,9 +271,66 @@ def test_a_network_that_cannot_be_is_named(changes, sentence):
 
 @pytest.mark.parametrize("arguments, block_size, sentence", [
     (dict(block="modern", softcap=5.0), 0, "another version: it has the settings block, softcap"),
+    (dict(n_layer="3"), 0, "has n_layer = '3': n_layer is of type int, not str"),
+    (dict(n_layer=2.5), 0, "n_layer is of type int, not float"),
+    (dict(n_layer=None), 0, "n_layer is of type int, not NoneType"),
+    (dict(bias=1), 0, "bias is of type bool, not int"),
+    (dict(rope_theta=math.nan), 0, "rope_theta must be a finite number"),
+    (dict(n_layer=-1), 0, "n_layer = -1 must be at least 1"),
+    (dict(n_embd=10**9), 0, "n_embd = 1000000000 must be at most"),
+    (dict(n_layer=2), 0, "transformer.h.2.attn.c_attn.bias .* need None"),
+    (dict(n_layer=4), 0, "transformer.h.3.attn.c_attn.bias has the shape None"),
+    (dict(n_embd=128), 0, "lm_head.weight has the shape .*320, 64.* need .*320, 128"),
+    (dict(block_size=16), 0, "wpe.weight has the shape .*32, 64.* need .*16, 64"),
+    (dict(block_size=64), 0, "wpe.weight has the shape .*32, 64.* need .*64, 64"),
     (dict(), 64, "block_size = 64, but this model has learned 32 positions")])
 def test_a_checkpoint_that_does_not_fit_is_named(arguments, block_size, sentence):
     parts = parts_of(small())
     parts["model_args"] |= arguments
     with pytest.raises(UserError, match=sentence):
         GPT.from_checkpoint(parts, block_size=block_size)
+
+
+@pytest.mark.parametrize("name", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"])
+def test_a_checkpoint_that_does_not_say_its_sizes_is_named(name):
+    parts = parts_of(small())
+    del parts["model_args"][name]
+    with pytest.raises(UserError, match=f"does not say its {name}"):
+        GPT.from_checkpoint(parts)
+
+
+@every_kind
+@pytest.mark.parametrize("change", [
+    lambda w: None, lambda w: w[:-1], lambda w: w[None], lambda w: w.sum(), lambda w: "text"])
+def test_weights_of_another_shape_are_named(kind, change):
+    parts = parts_of(small(**kind))
+    for name, w in list(parts["model"].items())[::5]:
+        weights = {**parts["model"], name: change(w)}
+        if weights[name] is None:
+            del weights[name]
+        with pytest.raises(UserError, match=f"of another network: its {name} has the shape"):
+            GPT.from_checkpoint({**parts, "model": weights})
+
+
+def test_an_older_nanogpts_masks_are_no_weights_and_other_names_are_refused():
+    model = noisy()
+    parts = parts_of(model)
+    for layer in range(3):
+        attention = f"_orig_mod.transformer.h.{layer}.attn"
+        parts["model"][f"{attention}.bias"] = torch.ones(1, 1, 32, 32).tril()
+        parts["model"][f"{attention}.masked_bias"] = torch.tensor(-1e4)
+    idx = torch.randint(320, (1, 16))
+    assert torch.equal(GPT.from_checkpoint(parts).eval()(idx), model(idx))
+    parts["model"]["transformer.h.0.attn.gate"] = torch.ones(1)
+    with pytest.raises(UserError, match="h.0.attn.gate has the shape .* need None"):
+        GPT.from_checkpoint(parts)
+
+
+def test_a_norm_in_bf16_is_computed_in_fp32_and_rounded_once():
+    norm, x = RMSNorm(64, eps=1e-6), torch.randn(100, 64).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    exact = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    y = norm(x)
+    assert y.dtype == torch.bfloat16 and (y == exact.bfloat16()).float().mean() > 0.999
+    x = torch.randn(100, 64)            # in fp32, it is torch's, bit for bit
+    assert torch.equal(norm(x), F.rms_norm(x, (64,), norm.weight, 1e-6))

@@ -37,7 +37,7 @@ def size_of(cfg):
 
 
 def plan_of(cfg, machine=GPU, data=TEXT, **past):
-    return plan.Plan(cfg, size_of(cfg), machine, data, **past)
+    return plan.Plan(cfg, size_of(cfg), machine, cfg.eval_iters * cfg.batch_size, data, **past)
 
 
 def test_the_missions_plan_has_its_true_numbers(work):
@@ -154,8 +154,9 @@ def test_the_largest_batch_fits_and_the_next_divisor_does_not(network, optimizer
     cfg = small(**network, optimizer=optimizer, gradient_accumulation_steps=12)     # 48 windows
     size, divisors = size_of(cfg), [B for B in range(1, 49) if 48 // count % B == 0]
     for smaller, B in zip([0, *divisors], divisors, strict=False):
-        room = memory.needed(cfg, size, GPU, B)
-        machines = [replace(GPU, room=r, count=count) for r in (room, room - 1)]
+        machine = replace(GPU, count=count)
+        room = memory.needed(cfg, size, machine, B)
+        machines = [replace(machine, room=r) for r in (room, room - 1)]
         assert [memory.largest_batch(cfg, size, m) for m in machines] == [B, smaller]
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import random
 import resource
@@ -73,6 +74,48 @@ def test_the_bytes_depend_on_neither_encoder_nor_threads_nor_row_groups(work):
         assert len({Path("data", d, name).read_bytes() for d in ("fineweb", "sample", "t")}) == 1
 
 
+@pytest.mark.parametrize("n, share, n_val", [(2, 0, 1), (12, 0, 1), (115, 0, 12), (5, 0.99, 4),
+                                             (150, 0.9, 135), (150, 1e-9, 1)])
+def test_few_documents_give_exactly_their_share_to_val_for_every_seed(work, n, share, n_val):
+    docs = documents(n)
+    write_parquet("a.parquet", [*docs, *docs[:n // 2]])         # equal ones count once
+    vals = []
+    for seed in range(4):
+        run(prepare, "a.parquet", f"--dataset={seed}", f"--seed={seed}", f"--val_fraction={share}")
+        train, val = both(f"data/{seed}")
+        assert len(set(val)) == n_val and len(train + val) == n + n // 2
+        assert set(train) == set(docs) - set(val)
+        vals.append(frozenset(val))
+    assert n == 2 or len(set(vals)) > 1
+
+
+def test_many_copies_of_one_document_are_few_documents(work):
+    write_parquet("a.parquet", ["many"] * 6000 + ["one"])
+    run(prepare, "a.parquet", "--dataset=a")
+    assert sorted(map(len, both("data/a"))) == [1, 6000]
+
+
+@pytest.mark.parametrize("n_different, share", [(700, 0), (700, 0.01), (30, 0)])
+def test_the_split_does_not_depend_on_how_the_text_is_packed(
+        work, n_different, share):
+    docs = [f"{i % n_different}." + " The same words again." * 150 for i in range(1000)]  # 3.5 MB
+    write_parquet("a.parquet", docs, use_dictionary=True)       # small
+    write_parquet("b.parquet", docs, use_dictionary=False, compression="none", row_group_size=999)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in docs)
+    for name, text in (("c.jsonl", lines), ("d.json.gz", lines), ("e.jsonl.zst", lines),
+                       ("f.txt", "<|endoftext|>".join(docs))):
+        with pa.output_stream(name) as f:
+            f.write(text.encode())
+    for path in work.glob("*.*"):
+        run(prepare, path, f"--dataset={path.name}", f"--val_fraction={share}")
+    for name in NAMES[:4]:
+        assert len({path.read_bytes() for path in work.glob(f"data/*/{name}")}) == 1
+    assert len(list(work.glob("data/*"))) == 6
+    expected = n_different * (share or 200_000 / sum(map(len, docs)))
+    n_val = len(set(both("data/f.txt")[1]))
+    assert expected / 2 < n_val < expected * 2 and (n_different > 30 or n_val == round(expected))
+
+
 def test_a_val_file_is_val_whole_and_what_is_left_out_is_counted(work, capsys):
     cannot_harm_the_terminal = "red \x1b[31m\a back\b\r\x7f \x9b2J \u202eturned 東京"
     docs, val = documents(200), [cannot_harm_the_terminal, *documents(40, 1), " man bites dog"]
@@ -82,8 +125,12 @@ def test_a_val_file_is_val_whole_and_what_is_left_out_is_counted(work, capsys):
     run(prepare, "a.parquet", "--dataset=a", "--val=v.parquet")
     assert both("data/a") == [[*docs, " dog bites man", "bad \ufffd\ufffd end"], val]
     report = capsys.readouterr().out
-    for reason in ("in both splits: 3", "null: 2", "empty: 1", "repaired: 1"):
-        assert f"documents {reason}\n" in report
+    for reason in ("documents in both splits: 3", "documents null: 2", "documents empty: 1",
+                   "characters repaired, as they were no UTF-8: 2"):
+        assert f"\n{reason}\n" in report
+    meta = datafiles.read_meta("data/a")
+    assert meta["skipped"] == {"null": 2, "empty": 1, "in both splits": 3}
+    assert meta["repaired_characters"] == 2 and meta["tokenizer"] == "gpt2"
     assert "val begins: red  [31m  back     2J  turned 東京\n" in report
 
 
@@ -110,19 +157,63 @@ def test_a_second_run_does_nothing_and_only_force_replaces_something_else(work, 
     ("", "there is no parquet file under"), ("gone.parquet", "gone.parquet does not exist"),
     ("a.parquet --val=gone.parquet", "gone.parquet does not exist"),
     ("a.parquet --text_column=body", "a.parquet has no column of text 'body'"),
-    ("a.parquet", "no document is left for"), ("empty.parquet", "no document is left for train"),
+    ("a.parquet", "a.parquet: different documents: 1. Train and val need one each"),
+    ("empty.parquet", "empty.parquet: different documents: 0"),
+    ("no_rows.parquet", "no_rows.parquet: different documents: 0"),
+    ("a.parquet --val=empty.parquet", "no document is left for val"),
+    ("a.parquet --val=a.parquet", "no document is left for train"),
+    ("noise.txt", "noise.txt is no text in UTF-8"),
     ("a.parquet --sample", "each bring the text"), ("--download --sample", "each bring the text"),
-    ("a.parquet --val_fraction=1.5", "val_fraction = 1.5 must be below 1"),
+    ("a.parquet --val_fraction=1.5", "val_fraction = 1.5 must be at most 1"),
+    ("a.parquet --val_fraction=1", "val_fraction = 1.0 must be below 1"),
+    ("a.parquet --val_fraction=-0.1", "val_fraction = -0.1 must be at least 0"),
+    ("a.parquet --val_fraction=nan", "val_fraction must be a finite number"),
     ("a.parquet --val=a.parquet --val_fraction=0.1", "draws it; set one"),
+    ("a.parquet --num_proc=-1", "num_proc = -1 must be at least 0"),
+    ("a.parquet --num_proc=1025", "num_proc = 1025 must be at most 1,024"),
+    ("a.parquet --seed=-1", "seed = -1 must be at least 0"),
+    (f"a.parquet --seed={2**63}", "must be at most 9,223,372,036,854,775,807"),
     ("a.parquet --encoder=fast", "encoder = 'fast'; use auto or gigatoken or tiktoken"),
-    ("a.parquet --dataset=../a.parquet", "a.parquet cannot be written")])
+    *[(f"a.parquet --dataset={name}", f"dataset = '{name}' must be a name without / or ..")
+      for name in ("../a", "a/b", "a/", "..", ".", "/tmp/x", "data/a", "./a")]])
 def test_a_mistake_is_one_sentence_and_leaves_nothing(work, args, words):
-    write_parquet("a.parquet", ["y"])
+    write_parquet("a.parquet", ["y", "y"])
     write_parquet("empty.parquet", ["", None])
+    write_parquet("no_rows.parquet", [])
+    Path("noise.txt").write_bytes(random.Random(0).randbytes(9999))
+    before = sorted(work.rglob("*"))
     with pytest.raises(UserError) as error:
         run(prepare, *args.split())
     assert words in str(error.value) and "\n" not in str(error.value)
-    assert not list(work.glob("data/*/*"))
+    assert sorted(path for path in work.rglob("*") if path != work / "data") == before
+    Path("data/made/before").mkdir(parents=True)
+
+
+def test_an_empty_folder_of_the_user_stays_and_a_name_that_is_taken_is_one_sentence(work):
+    Path("data/d").mkdir(parents=True)
+    Path("data/f").write_text("a file")
+    for name, words in (("d", "gone.parquet does not exist"), ("f", "data/f cannot be written")):
+        with pytest.raises(UserError, match=words):
+            run(prepare, "gone.parquet", f"--dataset={name}")
+    assert Path("data/d").is_dir() and Path("data/f").read_text() == "a file"
+
+
+def test_of_two_processes_one_writes_a_dataset_and_the_other_gets_one_sentence(work):
+    write_parquet("old.parquet", documents(60, seed=1))
+    write_parquet("new.parquet", documents(90, seed=2))
+    run(prepare, "new.parquet", "--dataset=d")
+    new = contents("data/d")
+    run(prepare, "old.parquet", "--dataset=d", "--force")
+    with datafiles.claimed(Path("data/d")):
+        for name in NAMES:
+            Path(f"data/d/{name}.new").write_text("not whole")  # as if this process were renaming
+        for args in ("--force", "--val_fraction=0.2", ""):
+            done = script("prepare.py", "new.parquet", "--dataset=d", *args.split(), check=False)
+            assert done.returncode == 1 and done.stderr.count("\n") == 1
+            assert "another process is preparing a dataset in" in done.stderr
+        os.remove("data/d/meta.json.new")
+    script("prepare.py", "new.parquet", "--dataset=d", "--force")
+    assert contents("data/d") == new
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_there_stays(work):
@@ -145,9 +236,9 @@ def test_stopped_at_random_moments_it_leaves_the_old_dataset_or_the_new_one(work
     write_parquet("old.parquet", documents(60, seed=1))
     write_parquet("new.parquet", documents(3000, seed=2))
     new = ["new.parquet", "--dataset=d", "--force"]
-    began = time.time()
+    began = time.monotonic()
     script("prepare.py", *new)
-    duration = time.time() - began
+    duration = time.monotonic() - began
     wanted, rng = contents("data/d"), random.Random(0)
     for i in range(stops):
         run(prepare, "old.parquet", "--dataset=d", "--force")

@@ -1,12 +1,15 @@
 """Weights from and to transformers: the same logits, the same bits, and what is refused."""
+import json
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import GPT
-from onecard import pretrained
+from onecard import checkpoint, pretrained
 from onecard.settings import UserError
+from onecard.tokenizer import VOCABULARY_SHA256, of_checkpoint
 from test_model import MODERN, noisy
 
 transformers = pytest.importorskip("transformers")
@@ -56,7 +59,7 @@ def test_a_folder_that_others_wrote_in_half_precision_is_read_as_fp32(work, conf
     ("Qwen3", dict(num_key_value_heads=2), "num_key_value_heads = 2"),
     ("Qwen3", dict(head_dim=32), "head_dim = 32"),
     ("Qwen3", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)), "linear"),
-    (None, None, "other is not a checkpoint, and transformers finds no model there")])
+    (None, None, "other is not a checkpoint, and transformers cannot read it: ")])
 def test_a_folder_that_cannot_be_read_is_refused(work, monkeypatch, kind, changes, sentence):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (work / "other").mkdir()
@@ -71,3 +74,76 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="not a checkpoint; .* needs transformers.*pip install"):
         pretrained.read("gpt2")
+
+
+@pytest.mark.parametrize("config, prefix", [
+    (transformers.GPT2Config(**SHAPE), "transformer.h.1."),
+    (transformers.Qwen3Config(**QWEN3), "model.layers.1.")])
+@pytest.mark.parametrize("change, sentence", [
+    (lambda name, w: None, "weights that its config.json promises are missing"),
+    (lambda name, w: {f"old.{name}": w}, "weights that its config.json promises are missing"),
+    (lambda name, w: {name: w[..., :3].clone()}, "transformers cannot read it")])
+def test_a_weight_that_is_missing_is_never_a_random_one(work, config, prefix, change, sentence):
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("one")
+    weights = load_file("one/model.safetensors")
+    for name in [name for name in weights if name.startswith(prefix)][2:4]:
+        w = weights.pop(name)
+        weights |= change(name, w) or {}
+    save_file(weights, "one/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=sentence):
+        pretrained.read("one")
+
+
+@pytest.mark.parametrize("position", [0, 8, 20, -1])
+def test_a_damaged_file_of_weights_is_one_sentence(work, position):
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE)).save_pretrained("one")
+    content = bytearray((work / "one/model.safetensors").read_bytes())
+    content[position] ^= 0x80
+    if position < 0:
+        del content[position:]
+    (work / "one/model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="one is not a checkpoint, and transformers cannot read it"):
+        pretrained.read("one")
+
+
+@pytest.mark.parametrize("change, n_rows, identity", [
+    ("none", 50304, VOCABULARY_SHA256), ("none", 320, "unknown"),
+    ("gpt2", 50304, VOCABULARY_SHA256), ("gpt2", 320, "unknown"),
+    ("one token more", 50304, VOCABULARY_SHA256), ("two tokens swapped", 50304, "unknown"),
+    ("fewer tokens", 50304, "unknown")])
+def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, n_rows, identity):
+    config = transformers.GPT2Config(**SHAPE | dict(vocab_size=n_rows))
+    transformers.GPT2LMHeadModel(config).save_pretrained("one")
+    tokens, merges = pretrained.vocabulary()
+    if change == "two tokens swapped":
+        tokens["A"], tokens["B"] = tokens["B"], tokens["A"]
+    elif change == "one token more":
+        tokens["[PAD]"] = 50257
+    elif change == "fewer tokens":
+        tokens, merges = dict(list(tokens.items())[:256]) | {"<|endoftext|>": 256}, []
+    if change != "none":
+        transformers.GPT2Tokenizer(tokens, merges).save_pretrained("one")
+    assert of_checkpoint(pretrained.read("one")).identity == identity
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("resum", "did you mean resume?"), ("gpt-2", "did you mean gpt2?"),
+    ("gpt2medium", "did you mean gpt2-medium?"), ("out-gone", "gpt2-large, gpt2-xl"),
+    ("openai-community/gpt2", "gpt2-large, gpt2-xl"), ("out/ckpt.bin", "gpt2-large, gpt2-xl")])
+def test_a_name_that_is_mistyped_asks_nobody(work, monkeypatch, name, hint):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=f"{name} is no folder and no .pt file") as error:
+        checkpoint.read(name)
+    assert str(error.value).endswith(hint)
+
+
+def test_code_in_a_folder_is_not_run(work, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (work / "one").mkdir()
+    (work / "one/evil.py").write_text("open('pwned', 'w')\nclass Evil: pass\n")
+    (work / "one/config.json").write_text(json.dumps(
+        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil",
+                                            "AutoModelForCausalLM": "evil.Evil"}}))
+    with pytest.raises(UserError, match="transformers cannot read it"):
+        pretrained.read("one")
+    assert not (work / "pwned").exists()

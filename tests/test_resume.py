@@ -1,8 +1,11 @@
 """Does a run go on as if it had never stopped, and is nothing lost?"""
 import math
 import os
+import pickle
 import random
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from onecard.settings import UserError
 from tiny_run import (
     MUON,
     TINY,
+    contents,
     log,
     run_steps,
     run_tiny,
@@ -180,19 +184,95 @@ def test_a_run_that_stopped_in_its_cooldown_goes_on_in_it(tiny):
 
 # nothing is lost
 
-def test_a_used_folder_is_never_started_over_unasked(tiny):
-    run_tiny(max_iters=2)
-    before = weights()
-    with pytest.raises(UserError, match="out holds a run at step 2. --init_from=resume goes on "
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "stable.pt"])
+def test_a_used_folder_is_never_started_over_unasked(tiny, name):
+    run_tiny(**MUON, max_iters=4)
+    for other in {"ckpt.pt", "best.pt", "stable.pt"} - {name}:
+        os.unlink(f"out/{other}")
+    before = Path("out", name).read_bytes()
+    with pytest.raises(UserError, match=rf"out holds a run \({name}\). --init_from=resume goes on "
                                         "with it, --out_dir=OTHER starts beside it, --overwrite"):
         run_tiny(seed=2)
-    assert same(weights(), before)
-    os.unlink("out/ckpt.pt")            # the best one alone is worth as much
-    with pytest.raises(UserError, match="out holds a run at step 2"):
-        run_tiny(seed=2)
+    assert Path("out", name).read_bytes() == before
     run_tiny(seed=2, overwrite=True, max_iters=1, eval_interval=5)
     assert saved("best.pt")["iter_num"] == saved()["iter_num"] == 1
-    assert max(step for step, _ in log()) == 1
+    assert max(step for step, _ in log()) == 1 and not Path("out/stable.pt").exists()
+
+
+def test_the_old_run_stays_until_the_first_checkpoint_of_its_successor(tiny):
+    run_tiny(max_iters=4)
+    Path("out/eval.json").write_text("{}")
+    before = contents("out")
+    # the new run fails before its first step, then before its first save, then it is killed
+    sys.modules["wandb"] = None
+    with pytest.raises(UserError, match="wandb_log = True needs wandb"):
+        run_tiny(overwrite=True, wandb_log=True)
+    del sys.modules["wandb"]
+    with pytest.raises(UserError, match="learning_rate"):
+        run_tiny(overwrite=True, learning_rate=9, eval_interval=50, max_iters=50, dtype="float16")
+    process = start(tiny, overwrite=True, max_iters=10**6, eval_interval=10**6)
+    wait_for(process, "step 20/")
+    process.kill()
+    process.communicate()
+    after = contents("out")
+    assert {name: after.pop(name) for name in before} == before
+    assert set(after) <= {"ckpt.pt.new"}
+    run_tiny(overwrite=True, max_iters=2, eval_interval=2)
+    assert saved()["iter_num"] == 2 and max(step for step, _ in log()) == 2
+    assert "max_iters = 2\n" in Path("out/config.py").read_text()
+    assert not Path("out/eval.json").exists()
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tiny):
+    process = start(tiny, max_iters=10**6, lr_decay_iters=10**6)
+    wait_for(process, "step 8/")
+    for init_from in ("resume", "scratch"):
+        with pytest.raises(UserError, match="another process is training in .*out; wait until"):
+            run_tiny(init_from=init_from, overwrite=True)
+    assert checkpoint.read("out")[0]["iter_num"] >= 6       # reading is possible all the time
+    process.kill()
+    process.communicate()
+    run_tiny(init_from="resume", max_iters=saved()["iter_num"] + 1)
+
+
+def test_killed_between_best_pt_and_ckpt_pt_both_are_right(tiny):
+    run_tiny(max_iters=6)
+    old = contents("out")
+    run_tiny(init_from="resume")
+    shutil.copytree("out", "out-whole")
+    Path("out/ckpt.pt").write_bytes(old["ckpt.pt"])         # best.pt, of step 12, comes first
+    os.link("out/best.pt", "out/ckpt.pt.new")               # what a kill leaves
+    run_tiny(init_from="resume")
+    assert same_run("out", "out-whole")
+    assert saved("best.pt")["iter_num"] == 12
+    assert saved("best.pt")["best_val_loss"] == saved()["best_val_loss"] == log()[12, "val_loss"]
+
+
+def test_a_resumed_run_validates_on_the_same_windows(tiny, capsys):
+    run_tiny(max_iters=6, eval_iters=5, batch_size=4)
+    first = log()[6, "val_loss"]
+    run_tiny(init_from="resume", eval_only=True, eval_iters=7, batch_size=8,
+             gradient_accumulation_steps=1)
+    assert f"step 6: val loss {first:.4f}" in capsys.readouterr().out
+    np.fromfile("data/letters/val.bin", np.uint16)[::-1].tofile("data/letters/val.bin")
+    with pytest.raises(UserError, match="val_dataset is .* there and .* here"):
+        run_tiny(init_from="resume")
+    run_tiny(batch_size=0, tokens_per_step=128, out_dir="out-0", max_iters=1)
+    assert saved(out_dir="out-0")["val_windows"] == 3 * 12
+
+
+@pytest.mark.parametrize("init_from", ["resume", "out"])
+def test_a_model_of_other_ids_is_not_trained_in_silence(tiny, init_from):
+    run_tiny(max_iters=2)
+    letters = "".join(map(chr, range(64)))
+    meta = {"vocab_size": 64, "itos": dict(enumerate(letters)),
+            "stoi": {letter: i for i, letter in enumerate(letters)}}
+    Path("data/letters/meta.pkl").write_bytes(pickle.dumps(meta))
+    settings = dict(init_from=init_from, out_dir="out" if init_from == "resume" else "out-2")
+    with pytest.raises(UserError, match="mean other texts .* --force"):
+        run_tiny(**settings)
+    run_tiny(**settings, force=True)
+    assert saved(out_dir=settings["out_dir"])["tokenizer"] == list(letters)
 
 
 def overfitted(folder):

@@ -1,11 +1,15 @@
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from unittest import mock
 
 import pytest
 import torch
 
-from conftest import free_port
+from conftest import PROJECT, free_port, restoring
 from onecard import runtime
 from onecard.settings import UserError
 
@@ -73,6 +77,29 @@ def test_the_allocator_grows_its_segments_on_native_linux_only(monkeypatch, rele
     runtime.grow_cuda_segments()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == result
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
+@pytest.mark.parametrize("name, is_ours", [("plain-1.0", True), ("it's mine", False)])
+def test_compiled_code_is_kept_in_the_project_where_its_path_suits_a_compiler(work, name, is_ours):
+    shutil.copytree(PROJECT / "onecard", work / name / "onecard")
+    command = ("import os; from onecard import runtime; runtime.start('cpu'); "
+               "print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))")
+    env = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
+    out = subprocess.run([sys.executable, "-c", command], cwd=work / name, env=env, check=True,
+                         capture_output=True, text=True).stdout.strip()
+    assert out == (str(work / name / ".cache/inductor") if is_ours else "None")
+
+
+def test_a_closed_terminal_stops_a_run_however_often_it_says_so_but_not_under_nohup():
+    with restoring():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = runtime.stop_event()
+        for _ in range(3):
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.is_set()
+        stop = runtime.stop_event()                     # SIGHUP is ignored now, as by nohup
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.is_set()
 
 
 def test_random_state_goes_on_where_it_was():

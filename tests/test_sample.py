@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from onecard import checkpoint
 from onecard.generate import DrawConfig, generate, pick
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from onecard.tokenizer import END_OF_TEXT, VOCABULARY_SHA256, GPT2Tokenizer
 
 MODERN = dict(position="rotary", norm="rmsnorm", qk_norm=True, mlp="swiglu", bias=False,
               tie_word_embeddings=False, embed_norm=True)
@@ -43,9 +43,12 @@ def reciter(ids, block_size=64, vocab_size=50304):
     return model
 
 
-def save(model, folder="out", **settings):
+def save(model, folder="out", tokenizer=None, **settings):
+    """A run's checkpoint. Without a tokenizer it is like nanoGPT's."""
     Path(folder).mkdir()
     parts = {"model": model.state_dict(), "model_args": model.config.model_args(), "iter_num": 7}
+    if tokenizer is not None:
+        parts["tokenizer"] = tokenizer
     checkpoint.save(Path(folder) / "ckpt.pt", {**parts, "config": settings})
 
 
@@ -130,8 +133,29 @@ def test_characters_are_continued_in_characters(written):
     assert written(*args).endswith("----\nabc\n")       # after a new line, which is not shown
     assert written(*args, "--start=ab").endswith("----\nabbca\n")
     Path("data/chars/meta.pkl").unlink()
-    with pytest.raises(UserError, match="this model has 4 tokens, too few for GPT-2's"):
+    with pytest.raises(UserError, match="its 4 ids are neither GPT-2's nor"):
         written("--start=ab")
+    save(reciter([0, 1, 2, 0], 8, 4), "alone", ["x", "y", "z", "\n"], dataset="chars")
+    assert written(*args, "--out_dir=alone").endswith("----\nxyz\n")    # it needs no data folder
+    with pytest.raises(UserError, match="'b', which is not one of the 4 characters"):
+        written("--out_dir=alone", "--start=b")
+
+
+@pytest.mark.parametrize("vocab_size, tokenizer", [
+    (1536, None), (1536, "unknown"), (50304, "unknown"), (64, VOCABULARY_SHA256)])
+@pytest.mark.parametrize("how", ["--num_samples=1", "--interactive"])
+def test_a_model_of_ids_that_nobody_knows_writes_nothing(written, vocab_size, tokenizer, how):
+    save(reciter([1, 2], 8, vocab_size), tokenizer=tokenizer, dataset="own")
+    with pytest.raises(UserError, match=f"its {vocab_size:,} ids are neither"):
+        written(how)
+
+
+@pytest.mark.parametrize("content", [
+    "\ufeffZürich\r\n".encode(), "\ufeffZürich\n".encode("utf-16-le"),
+    "\ufeffZürich\n".encode("utf-16-be"), "Zürich\n".encode()])
+def test_a_byte_order_mark_is_no_text_and_utf_16_is_read(work, content):
+    Path("p.txt").write_bytes(content)
+    assert sample.read_start("FILE:p.txt") == "Zürich\n"
 
 
 def test_the_newest_run_writes_and_a_seed_writes_the_same_however_many_are_written(written):
@@ -171,10 +195,36 @@ def test_interactive_continues_each_text_and_ctrl_c_stops_only_that(work, monkey
     ("--top_p=0", "top_p = 0.0 must be above 0 and at most 1"),
     ("--min_p=2", "min_p = 2.0 must be between 0 (no limit) and 1"),
     ("--repetition_penalty=0", "repetition_penalty = 0.0 must be at least 1"),
+    ("--repetition_penalty=1e9", "repetition_penalty = 1000000000.0 must be at most 100"),
+    ("--temperature=0.001", "temperature = 0.001 must be at least 0.01"),
+    ("--temperature=-1", "temperature = -1.0 must be at least 0.01"),
+    ("--temperature=1e9", "temperature = 1000000000.0 must be at most 100"),
+    ("--top_k=-1", "top_k = -1 must be at least 0"),
+    ("--seed=-1", "seed = -1 must be at least 0"),
+    (f"--seed={2**63}", "seed = 9223372036854775808 must be at most 9,223,372,036,854,775,807"),
+    ("--num_samples=0", "num_samples = 0 must be at least 1"),
+    ("--max_new_tokens=10000000000", "max_new_tokens = 10000000000 must be at most 1,000,000,000"),
+    ("--start=FILE:odd.txt", "'FILE:odd.txt' must name a text file in UTF-8: 'utf-16-le' codec"),
+    ("--start=FILE:.", "'FILE:.' must name a text file in UTF-8: [Errno 21] Is a directory"),
     ("--start=FILE:gone.txt", "No such file or directory: 'gone.txt'"),
     ("--start=FILE:latin.txt", "'FILE:latin.txt' must name a text file in UTF-8: 'utf-8' codec")])
 def test_mistakes_get_one_sentence(written, setting, sentence):
     save(small())
     Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
+    Path("odd.txt").write_bytes(b"\xff\xfea")
     with pytest.raises(UserError, match=re.escape(sentence)):
         written(setting)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_p", "min_p"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_setting_of_a_draw_is_infinite(name, value):
+    with pytest.raises(UserError, match=f"{name} = "):
+        DrawConfig(**{name: value})
+
+
+def test_the_extreme_settings_draw_tokens_too(written):
+    save(small())
+    for setting in ("--temperature=0.01", "--temperature=100", "--repetition_penalty=100",
+                    "--top_k=2147483648", "--min_p=1", "--top_p=1e-30"):
+        assert "---- sample 2 ----" in written(setting, f"--seed={2**63 - 2}", "--num_samples=2")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import PROJECT, script
+from eval import EvalConfig
 from onecard.settings import UserError, config_text, configure, read_config_file
 from prepare import PrepareConfig
 from sample import SampleConfig
@@ -109,6 +110,17 @@ def test_a_mistake_in_a_config_file_is_named(work, text, sentence):
     with pytest.raises(UserError) as error:
         configure(Settings, ["c.py"])
     assert str(error.value).startswith(sentence)
+
+
+NUMBERS = [(cls, f.name) for cls in (TrainConfig, PrepareConfig, SampleConfig, EvalConfig)
+           for f in fields(cls) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("cls, name", NUMBERS, ids=[f"{c.__name__}-{n}" for c, n in NUMBERS])
+def test_every_number_of_every_script_has_a_range(cls, name):
+    for text in ("nan", "inf", "-inf", "-1", "-1e-9", "1e30", "1000000000000000000000000"):
+        with pytest.raises(UserError, match=name):
+            configure(cls, [f"--{name}={text}"])
 
 
 def test_a_written_config_gives_the_same_settings_again(work):

@@ -9,12 +9,27 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from conftest import documents
 from onecard import tokenizer
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer, gpt2, of_dataset
+from onecard.tokenizer import (
+    END_OF_TEXT,
+    VOCABULARY_SHA256,
+    GPT2Tokenizer,
+    gpt2,
+    is_recorded,
+    of_checkpoint,
+    of_dataset,
+)
 
 HARD = ["", " ", "a", "\n\n\n", "  two  spaces  ", "tabs\t\tand\r\nWindows\r\n", "\x00null\x00",
         "🙂👨‍👩‍👧 emoji", "don't we'll I'm they've he'd it's you're", "12345678901234567890",
         "<|endoftext|>", "x" * 20000, " " * 3000, "東京都の人口は約1400万人です。", "ещё",
         "e\u0301\u200b\ufeff", "".join(map(chr, range(1, 500)))]
+
+
+def write_letters(folder, letters="ab\n", **changes):
+    """The meta.pkl of a nanoGPT dataset of these characters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"stoi": {c: i for i, c in enumerate(letters)}, "itos": dict(enumerate(letters))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta | changes))
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +66,68 @@ def test_a_changed_vocabulary_is_one_sentence(work, monkeypatch):
 
 def test_a_folder_with_characters_has_its_own_tokenizer(work):
     letters = sorted(set("hello, wörld\n"))
-    meta = {"vocab_size": len(letters), "stoi": {c: i for i, c in enumerate(letters)},
-            "itos": dict(enumerate(letters))}
-    Path("meta.pkl").write_bytes(pickle.dumps(meta))
-    characters = of_dataset(work)
+    write_letters(work, letters)
+    characters = of_dataset(work, 64)
     ids = characters.encode("hold\nö")
     assert characters.n_vocab == 11 and characters.decode_bytes([characters.start]) == b"\n"
     assert ids.dtype == np.uint16 and characters.decode_bytes(ids).decode() == "hold\nö"
     with pytest.raises(UserError, match="'z', which is not one of the 11 characters"):
         characters.encode("hz")
-    assert isinstance(of_dataset(work / "other"), GPT2Tokenizer)
+    assert isinstance(of_dataset(work / "other", 50304), GPT2Tokenizer)
 
 
 @pytest.mark.parametrize("content", [
     b"cbuiltins\nprint\n(S'this must not run'\ntR.", b"no pickle", b"", pickle.dumps([1]),
-    pickle.dumps({"vocab_size": 4096})])
+    pickle.dumps({"vocab_size": 4096}), pickle.dumps({"itos": {0: "ab"}, "stoi": {"ab": 0}}),
+    pickle.dumps({"itos": {1: "a"}, "stoi": {"a": 1}}), pickle.dumps({"itos": "ab", "stoi": {}}),
+    pickle.dumps({"itos": {0: 7}, "stoi": {7: 0}})])
 def test_a_meta_pkl_without_characters_is_one_sentence_and_runs_nothing(work, capsys, content):
     Path("meta.pkl").write_bytes(content)
-    with pytest.raises(UserError, match="no characters .*Without that file .*--vocab_size"):
-        of_dataset(work)
+    with pytest.raises(UserError, match="no characters .*Without that file, .*--vocab_size"):
+        of_dataset(work, 64)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("files, vocab_size, identity", [
+    (["meta.json"], 64, VOCABULARY_SHA256), (["meta.json", "meta.pkl"], 3, VOCABULARY_SHA256),
+    (["meta.pkl"], 50304, ["a", "b", "\n"]), ([], 50304, VOCABULARY_SHA256),
+    ([], 50257, VOCABULARY_SHA256), ([], 50256, "unknown"), ([], 3, "unknown")])
+def test_ids_are_gpt2s_or_characters_or_unknown(work, files, vocab_size, identity):
+    write_letters(work / "letters")
+    for name in files:
+        Path(name).write_bytes(Path("letters/meta.pkl").read_bytes())
+    assert of_dataset(work, vocab_size).identity == identity
+    assert is_recorded(work) == bool(files)
+
+
+@pytest.mark.parametrize("identity, dataset, vocab_size, expected", [
+    # what a checkpoint says counts, and not what its dataset is now
+    (VOCABULARY_SHA256, "letters", 50304, VOCABULARY_SHA256),
+    (["x", "y"], "letters", 2, ["x", "y"]), ("unknown", "letters", 3, "unknown"),
+    ("of a later version", "", 50304, "unknown"), (7, "", 50304, "unknown"),
+    # a model without rows for all of these ids
+    (VOCABULARY_SHA256, "", 1000, "unknown"), (["x", "y"], "", 1, "unknown"),
+    # nanoGPT's says nothing: the characters of its dataset if they are as many, else by its size
+    (None, "letters", 3, ["a", "b", "\n"]), (None, "letters", 4, "unknown"),
+    (None, "letters", 50304, VOCABULARY_SHA256), (None, "gone", 50257, VOCABULARY_SHA256),
+    (None, "gone", 1500, "unknown"), (None, "prepared", 64, "unknown")])
+def test_a_checkpoint_knows_its_tokenizer(work, identity, dataset, vocab_size, expected):
+    write_letters(work / "data" / "letters")
+    (work / "data" / "prepared").mkdir()
+    (work / "data" / "prepared" / "meta.json").touch()
+    parts = {"model_args": {"vocab_size": vocab_size}, "config": {"dataset": dataset}}
+    if identity is not None:
+        parts["tokenizer"] = identity
+    vocabulary = of_checkpoint(parts)
+    assert vocabulary.identity == expected
+    assert of_checkpoint(parts | {"tokenizer": vocabulary.identity}).identity == expected
+
+
+def test_characters_go_through_a_checkpoint_and_are_checked(work):
+    write_letters(work, "zyx\n")
+    parts = {"model_args": {"vocab_size": 4}, "tokenizer": of_dataset(work, 64).identity}
+    characters = of_checkpoint(parts)
+    assert characters.encode("x\nz").tolist() == [2, 3, 0] and characters.start == 3
+    assert characters.decode_bytes([1, 0]) == b"yz"
+    with pytest.raises(UserError, match="one character for each id"):
+        of_checkpoint(parts | {"tokenizer": ["a", "bc"]})

@@ -73,6 +73,11 @@ def log(out_dir="out"):
     return numbers
 
 
+def contents(folder):
+    """{name of a file: its bytes}."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def saved(name="ckpt.pt", out_dir="out"):
     return checkpoint.load(Path(out_dir, name))
 

@@ -1,0 +1,67 @@
+"""Does a run that diverges end, and does what it saved before stay good?"""
+import math
+
+import pytest
+import torch
+
+from onecard.divergence import HIGH_STEPS, SKIPPED_STEPS, Guard
+from onecard.settings import UserError
+from tiny_run import MUON, contents, run_steps, run_tiny, saved
+
+
+def guard(scale=None):
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+    scaler.scale(torch.zeros(1))                    # it makes its scale at the first use
+    return Guard(64, scaler)
+
+
+@pytest.mark.parametrize("loss, grad_norm", [
+    (math.nan, 1), (math.inf, 1), (3, math.nan), (3, math.inf), (-math.inf, 1)])
+def test_a_number_that_is_not_finite_stops_the_run_before_the_update(loss, grad_norm):
+    with pytest.raises(UserError, match="step 7: the loss is .* norm .* unchanged.*learning_rate"):
+        guard().before_update(7, loss, grad_norm)
+
+
+def test_a_loss_twice_as_high_as_guessing_stops_the_run_if_it_stays():
+    g, high = guard(), 2 * math.log(64) + 0.01
+    for step in range(1, 5 * HIGH_STEPS):
+        g.before_update(step, high if step % HIGH_STEPS else 4.0, 1.0)      # it comes down again
+    with pytest.raises(UserError, match="above 8.32 for 20 steps"):
+        for step in range(HIGH_STEPS):
+            g.before_update(step, high, 1.0)
+
+
+def test_float16_may_skip_updates_but_not_for_ever():
+    g = guard(scale=2.0**16)
+    for step in range(5 * SKIPPED_STEPS):
+        g.before_update(step, 3.0, 1.0 if step % 8 else math.inf)
+    with pytest.raises(UserError, match="float16 .* 24 updates in a row"):
+        for step in range(SKIPPED_STEPS):
+            g.before_update(step, 3.0, math.inf)
+    with pytest.raises(UserError, match="float16"):
+        guard(scale=0.5).before_update(1, 3.0, math.nan)
+
+
+@pytest.mark.parametrize("val_loss", [math.nan, math.inf, 8e11, 8.33])
+def test_a_model_that_lost_what_it_knew_is_not_saved(val_loss):
+    guard().before_save(1, 8.31)
+    with pytest.raises(UserError, match="step 1: the validation loss is .* unchanged"):
+        guard().before_save(1, val_loss)
+
+
+@pytest.mark.parametrize("settings, change", [
+    ({}, dict(learning_rate=9.0)),
+    ({}, dict(learning_rate=9.0, dtype="float16")),
+    ({}, dict(learning_rate=9.0, save_minutes=0.0, eval_interval=1000)),    # saved, not evaluated
+    (MUON, dict(learning_rate=9.0, embedding_lr=9.0, head_lr=9.0))])
+def test_a_diverged_model_never_replaces_a_good_one(tiny, settings, change):
+    run_steps(3, **settings)
+    before = contents("out")
+    with pytest.raises(UserError, match="unchanged"):
+        run_tiny(**{**settings, "init_from": "resume", "max_iters": 400, "lr_decay_iters": 400,
+                    "warmup_iters": 0, **change})
+    after = contents("out")
+    assert [after[name] for name in ("ckpt.pt", "config.py")] == [
+        before[name] for name in ("ckpt.pt", "config.py")]
+    run_tiny(**settings, init_from="resume")
+    assert saved()["iter_num"] == 12 and saved("best.pt")["best_val_loss"] < 4.2
