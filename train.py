@@ -137,11 +137,11 @@ def network_of(cfg, saved):
     return GPTConfig.of(cfg)
 
 
-def make_plan(cfg, network, saved, world, dtype):
+def make_plan(cfg, network, saved, world):
     """Print what the run will cost. Return the Plan, and `cfg` with a batch_size above 0."""
     with torch.device("meta"):          # a model without memory, only to count its parameters
         size = plan.Size.of(GPT(network))
-    machine = cards.machine_of(world.device, dtype, world.size)
+    machine = cards.machine_of(world.device, world.dtype, world.size)
     val_windows = resume.val_windows(cfg, saved)
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
@@ -166,17 +166,45 @@ def make_plan(cfg, network, saved, world, dtype):
     return cfg, run_plan
 
 
+def open_data(cfg, network, saved, world):
+    """The two splits of the dataset, and the tokenizer of its ids."""
+    folder = folder_of(cfg.dataset)
+    train_data = Dataset(folder, "train", cfg.block_size, cfg.seed)
+    val_data = Dataset(folder, "val", cfg.block_size)
+    train_data.check_vocabulary(network.vocab_size)
+    val_data.check_vocabulary(network.vocab_size)
+    vocabulary = tokenizer.of_dataset(folder, network.vocab_size)
+    resume.check_tokenizer(cfg, saved, vocabulary, world)
+    return train_data, val_data, vocabulary
+
+
+def make_state(cfg, network, saved, fixed, world):
+    """The State of the run: new, or as the checkpoint `saved` has it."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(network)
+    if saved:
+        model.load_weights(saved)
+    model.to(world.device)
+    optimizer = optim.configure_optimizer(model, cfg, world.device, world.dtype)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
+    state = State(model, optimizer, scaler, Progress(), fixed)
+    torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
+    if resume.goes_on(cfg):                     # optimizer, step, random numbers
+        resume.restore(state, saved, cfg, world)
+    return state
+
+
 # parts of the training loop
 
 @torch.no_grad()
-def evaluate(batches, model, val_data, n_windows, autocast):
+def evaluate(batches, model, val_data, n_windows):
     """Mean loss over the first `n_windows` of val: the same ones every time."""
     model.eval()
     losses, counts = [], []
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
         loss = torch.zeros((), device=idx.device)
         if n > 0:                       # the last batches of a rank may have no windows
-            with autocast:
+            with batches.world.autocast():
                 loss = model(idx, targets)      # the mean over n windows
         losses.append(loss)
         counts.append(n)
@@ -187,14 +215,14 @@ def evaluate(batches, model, val_data, n_windows, autocast):
     return (loss_sum / n_sum).item()
 
 
-def forward_backward(batches, ddp_model, step, scaler, autocast):
+def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
     ddp_model.zero_grad(set_to_none=True)       # a first call may have run out of memory half-way
     loss_sum = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP exchanges gradients only where this is True: in the last micro-batch
         ddp_model.require_backward_grad_sync = i == batches.per_step - 1
-        with autocast:
+        with batches.world.autocast():
             loss = ddp_model(idx, targets) / batches.per_step
         scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
@@ -221,9 +249,7 @@ def with_less_memory(compute, batches, *args):
 
 def main(cfg):
     # where does it run: ranks of torchrun, device, dtype
-    world = runtime.start(cfg.device, cfg.backend)
-    device, dtype = world.device, runtime.pick_dtype(cfg.dtype, world.device)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    world = runtime.start(cfg.device, cfg.dtype, cfg.backend)
     if cfg.compile and not cfg.dry_run:
         cfg = replace(cfg, compile=runtime.can_compile(world))
 
@@ -232,36 +258,21 @@ def main(cfg):
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
     network = network_of(cfg, saved)
-    cfg, run_plan = make_plan(cfg, network, saved, world, dtype)
+    cfg, run_plan = make_plan(cfg, network, saved, world)
     if cfg.dry_run:
         return
 
     # data: each epoch shuffles all documents again, joins them and cuts them into windows of
     # block_size tokens. Window i of the run (i counts on over all epochs) depends only on seed and
     # i. Step s takes the windows from s * windows_per_step on, so a resumed run needs only its step
-    folder = folder_of(cfg.dataset)
-    train_data = Dataset(folder, "train", cfg.block_size, cfg.seed)
-    val_data = Dataset(folder, "val", cfg.block_size)
-    vocabulary = tokenizer.of_dataset(folder, network.vocab_size)
-    resume.check_tokenizer(cfg, saved, vocabulary, world)
-    n_val = min(run_plan.val_windows, val_data.n_windows)
+    train_data, val_data, vocabulary = open_data(cfg, network, saved, world)
+    n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
+    n_look = min(n_val, cfg.batch_size)                        # of a short look before a save
 
-    # model and optimizer: new, or as the checkpoint has them
-    torch.manual_seed(cfg.seed)
-    model = GPT(network)
-    if saved:
-        model.load_weights(saved)
-    model.to(device)
-    train_data.check_vocabulary(network.vocab_size)
-    val_data.check_vocabulary(network.vocab_size)
-    optimizer = optim.configure_optimizer(model, cfg, device, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    progress = Progress()                       # step 0
+    # model, optimizer, loss scaler, step
     fixed = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
-    state = State(model, optimizer, scaler, progress, fixed)
-    torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
-    if resume.goes_on(cfg):                     # resume or FILE.pt: optimizer, step, random numbers
-        resume.restore(state, saved, cfg, world)
+    state = make_state(cfg, network, saved, fixed, world)
+    model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress
     del saved                                   # as large as the model and its optimizer
     first_step = progress.step
 
@@ -291,10 +302,8 @@ def main(cfg):
         due = last or step % cfg.eval_interval == 0
         just_resumed = step > 0 and not trained
         evaluates = cfg.eval_only or (due and not just_resumed)
-        improved = False
         if evaluates:
-            progress.val_loss = with_less_memory(
-                evaluate, batches, model, val_data, n_val, autocast)
+            progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_val)
             log.evaluation(step, progress.val_loss)
         if cfg.eval_only:
             break
@@ -307,9 +316,8 @@ def main(cfg):
         stable = optim.is_before_cooldown(step, cfg)
         overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
         if trained and world.any(ending or worth_saving or stable or overdue):
-            if not evaluates:                   # a short look, so that no broken model is saved
-                progress.val_loss = with_less_memory(
-                    evaluate, batches, model, val_data, min(n_val, batches.size), autocast)
+            if not evaluates:                   # no broken model may be saved
+                progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_look)
             guard.before_save(step, progress.val_loss)
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
@@ -321,7 +329,7 @@ def main(cfg):
         # one step: forward and backward of all micro-batches, then one update
         started = time.monotonic()
         lr = optim.set_rates(optimizer, step, cfg)
-        loss = with_less_memory(forward_backward, batches, ddp_model, step, scaler, autocast)
+        loss = with_less_memory(forward_backward, batches, ddp_model, step, scaler)
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -89,13 +89,12 @@ def read_ahead(items):
 
 def make_batch(tokenize, column, seed):
     """The Batch of a column of texts."""
+    documents = tokenize(column)
     pieces = []
-    for document in tokenize(column):
+    for document in documents:
         pieces += [START, document]
-    ids = np.concatenate(pieces, dtype=np.uint16, casting="unsafe")     # gigatoken's are uint32
-    lengths = np.array([len(document) + 1 for document in pieces[1::2]])
-    ends = np.cumsum(lengths)
-    documents = [ids[begin:end] for begin, end in zip(ends - lengths + 1, ends, strict=True)]
+    ids = np.concatenate(pieces)
+    lengths = np.array([len(document) + 1 for document in documents])
     return Batch(ids, lengths, hash_documents(documents, seed), pc.binary_length(column).to_numpy())
 
 
@@ -110,7 +109,7 @@ def hash_documents(documents, seed):
 
 
 def by_tiktoken(column):
-    """The ids of each document, a list of arrays."""
+    """The ids of each document, a list of uint16 arrays."""
     return [GPT2Tokenizer().encode(text) for text in column.to_pylist()]
 
 
@@ -129,7 +128,7 @@ class Gigatoken:
     def __call__(self, column):
         texts = column.cast(pa.large_binary()).to_pylist()
         encoded = self.tokenizer.encode_batch(texts, parallel=False).layout
-        ids = encoded.content.data                          # of all documents
+        ids = encoded.content.data.astype(np.uint16)        # of all documents
         limits = encoded.offsets.data.tolist()              # where each begins, and the end
         documents = [ids[begin:end] for begin, end in itertools.pairwise(limits)]
         for i in disputed_documents(column):

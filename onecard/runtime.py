@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class World:
     """The processes of a run. One process is a world of size 1; every method works the same."""
     device: torch.device
+    dtype: torch.dtype = torch.float32      # of matrix products; weights are in fp32
     rank: int = 0
     size: int = 1
     control: object = None          # a gloo group for flags: asking never waits for the GPU
@@ -34,6 +35,11 @@ class World:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def autocast(self):
+        """Inside of this context, matrix products are computed in `dtype`."""
+        enabled = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     def print(self, text):
         """Print on the first rank, above a progress bar."""
@@ -72,7 +78,7 @@ class World:
             dist.destroy_process_group()
 
 
-def start(device="auto", backend="auto"):
+def start(device="auto", dtype="auto", backend="auto"):
     """Find the device, join the other ranks if torchrun started several; return the World."""
     grow_cuda_segments()
     # torch keeps compiled kernels in /tmp, which a reboot empties; here a resumed run finds them.
@@ -84,7 +90,7 @@ def start(device="auto", backend="auto"):
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        return World(device)
+        return World(device, pick_dtype(dtype, device))
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -98,7 +104,8 @@ def start(device="auto", backend="auto"):
         raise UserError(f"backend = 'nccl' needs CUDA, and the device is {device.type}; "
                         "use --backend=gloo")
     dist.init_process_group(backend)
-    world = World(device, rank, size, control=dist.new_group(backend="gloo"))
+    dtype, control = pick_dtype(dtype, device), dist.new_group(backend="gloo")
+    world = World(device, dtype, rank, size, control)
     # without this, an early error of rank 0 hides behind a connection error of the others
     world.wait()
     return world

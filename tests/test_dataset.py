@@ -53,7 +53,7 @@ def test_an_epoch_is_every_window_of_the_shuffled_documents_once(work, lengths, 
 
 def batches_of(data, size, per_step=12, rank=0, ranks=1):
     settings = SimpleNamespace(batch_size=size, windows_per_step=per_step)
-    return Batches(data, settings, World(CPU, rank, ranks))
+    return Batches(data, settings, World(CPU, rank=rank, size=ranks))
 
 
 def step_of(data, step):            # its 12 samples as (idx, targets)
@@ -109,7 +109,7 @@ def test_the_next_step_is_read_ahead_and_its_errors_reach_the_caller():
 @pytest.mark.parametrize("n_windows, size, ranks", [(10, 10, 1), (10, 4, 1), (7, 3, 2), (1, 4, 3)])
 def test_fixed_batches_are_the_file_from_first_to_last(work, n_windows, size, ranks):
     data, threads = make(work, [50, 31]), set(threading.enumerate())        # 10 windows
-    by_rank = [fixed_batches(data, n_windows, size, World(CPU, rank, ranks))
+    by_rank = [fixed_batches(data, n_windows, size, World(CPU, rank=rank, size=ranks))
                for rank in range(ranks)]
     batches = list(chain(*zip(*by_rank, strict=True)))
     assert set(threading.enumerate()) <= threads
