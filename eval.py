@@ -222,4 +222,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    configure_and_run(main, EvalConfig, __doc__)
+    configure_and_run(main, EvalConfig, __doc__, prints_results=True)

@@ -320,6 +320,14 @@ class GPT(nn.Module):
                 raise UserError(f"this checkpoint is damaged or of another network: its {name} has "
                                 f"the shape {theirs}, and its model_args need {ours} (None: there "
                                 "is no such weight)")
+        for name, weight in weights.items():
+            if not (weight.is_floating_point() and weight.isfinite().all()):
+                raise UserError(f"the {name} of this model holds nan, infinity or no fractions: "
+                                "it cannot be used")
+        embedding, head = weights["transformer.wte.weight"], weights["lm_head.weight"]
+        if self.config.tie_word_embeddings and not torch.equal(embedding, head):
+            raise UserError("this model has a head of its own, and its settings say that the head "
+                            "shares the weights of the token embedding")
         if positions in weights:        # this model may have less context
             weights[positions] = weights[positions][:self.config.block_size]
         self.load_state_dict(weights)

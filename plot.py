@@ -25,17 +25,19 @@ class PlotConfig:
 
 
 def main(cfg):
+    import_package("matplotlib", "a picture")
+    import_package("matplotlib.figure", "a picture")        # it needs packages of its own
     folders = cfg.files or [checkpoint.run_folder()]
     logs = {}                           # {folder: the entries of its log.jsonl}
     for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} is no folder of a run")
         logs[str(folder)] = read_log(Path(folder) / "log.jsonl")
     path = Path("loss.png")
     if cfg.to:
         path = Path(cfg.to)
     elif len(folders) == 1:
         path = Path(folders[0]) / "loss.png"
-    import_package("matplotlib", "a picture")
-    import_package("matplotlib.figure", "a picture")        # it needs packages of its own
     figure.draw(logs, path)
     print(f"wrote {path}")
 

@@ -9,6 +9,7 @@ Turn text into a dataset: data/<dataset>/train.bin and val.bin, GPT-2 token ids 
 Every document becomes 50256 (end of text) and then its tokens. The new files are written beside the
 old ones and renamed at the end, so a prepare that is stopped leaves the folder as it was.
 """
+import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -85,11 +86,13 @@ def comparison_key(inputs):
 
 def is_made_from(folder, inputs):
     """True if the folder was prepared from `inputs`. Raises UserError for other inputs."""
-    if not datafiles.is_prepared(folder):
+    present = [name for name in datafiles.NAMES if (folder / name).exists()]
+    if not present:
         return False
     meta = datafiles.read_meta(folder)          # None: made by nanoGPT, nobody knows from what
-    if meta and comparison_key(meta) == comparison_key(inputs):
-        return True
+    with contextlib.suppress(KeyError, TypeError):      # it may have been edited
+        if meta and comparison_key(meta) == comparison_key(inputs):
+            return len(present) == len(datafiles.NAMES)
     raise UserError(f"{folder} was prepared from other files or with other settings; --force "
                     "replaces it, --dataset=NAME writes to another folder")
 

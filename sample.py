@@ -45,15 +45,18 @@ def read_start(start):
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding=text_encoding(path.read_bytes()))
+        content = path.read_bytes()
+        return content.decode(text_encoding(content)).replace("\r\n", "\n")
     except (OSError, UnicodeError) as error:
         raise UserError(f"start = {start!r} must name a text file in UTF-8: {error}") from None
 
 
 def encode_prompt(text, vocabulary, block_size):
     """The tokens of `text`, after the token that begins each document of the training data."""
-    ids = vocabulary.encode(text).tolist()
     is_gpt2 = isinstance(vocabulary, tokenizer.GPT2Tokenizer)
+    if is_gpt2:
+        text = text.removeprefix("<|endoftext|>")       # it comes first anyway
+    ids = vocabulary.encode(text).tolist()
     if is_gpt2 or not ids:              # a model of characters begins after a new line
         ids = [vocabulary.start] + ids
     if len(ids) > block_size:
@@ -137,4 +140,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    configure_and_run(main, SampleConfig, __doc__)
+    configure_and_run(main, SampleConfig, __doc__, prints_results=True)

@@ -96,6 +96,9 @@ def check_parts(path, parts):
     missing = [key for key in REQUIRED if key not in keys]
     if missing:
         raise UserError(f"{origin}: it has no {', '.join(missing)}")
+    tensors = parts["model"].values() if isinstance(parts["model"], dict) else ()
+    if any(type(w) is not torch.Tensor or w.layout is not torch.strided for w in tensors):
+        raise UserError(f"{origin}: its model holds something that is no plain tensor")
     for key, types in TYPES.items():
         if key in parts and not isinstance(parts[key], types):
             raise UserError(f"{origin}: its {key} is of type {type(parts[key]).__name__}")

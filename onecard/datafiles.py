@@ -56,17 +56,28 @@ def read_meta(folder):
         return None
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT:
+        if is_whole(meta):
             return meta
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise UserError(f"{path} is damaged or of another format than {FORMAT}; `python prepare.py "
                     f"FILES --dataset={path.parent.name} --force` makes it again")
 
 
+def is_whole(meta):
+    """Whether meta.json says of each split what its reader needs, each in its type."""
+    counts = [meta["splits"][split] for split in SPLITS]
+    numbers = [count[name] for count in counts for name in (
+        "documents", "tokens", "text_bytes", "max_token")]
+    digests = [count[name] for count in counts for name in ("bin_sha256", "idx_sha256")]
+    return (meta["format"] == FORMAT and meta["tokenizer"] == "gpt2"
+            and all(type(number) is int and number >= 0 for number in numbers)
+            and all(isinstance(digest, str) for digest in digests))
+
+
 def verify(path, n_bytes, digest):
     """Raise UserError unless the file has this size and this SHA-256."""
-    again = "run `python prepare.py --force` to make the dataset again"
+    again = f"`python prepare.py FILES --dataset={path.parent.name} --force` makes it again"
     size = path.stat().st_size if path.is_file() else 0
     if size != n_bytes:
         raise UserError(f"{path} has {size:,} bytes where meta.json says {n_bytes:,}; {again}")

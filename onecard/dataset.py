@@ -33,7 +33,8 @@ class Dataset:
         self.path, self.block_size, self.seed = Path(folder) / f"{split}.bin", block_size, seed
         meta = datafiles.read_meta(folder)
         if not self.path.is_file():
-            raise UserError(f"{self.path} does not exist; run `python prepare.py` to make it")
+            raise UserError(f"{self.path} does not exist; `python prepare.py FILES "
+                            f"--dataset={self.path.parent.name} --force` makes it")
         n_bytes = self.path.stat().st_size
         if n_bytes % 2:
             raise UserError(f"{self.path} has an odd number of bytes, so it was cut off or does "

@@ -36,9 +36,9 @@ VAL_BYTES = 200_000                 # of text, which a small dataset should vali
 MAX_VAL_FRACTION = 0.1              # the limit where the text is very small
 ROWS = 256                          # documents read at once
 SEPARATOR = "<|endoftext|>"         # in a .txt file, between documents
-SEPARATOR_PARTS = tuple(SEPARATOR[:i] for i in range(1, len(SEPARATOR)))
 TXT_ENOUGH = 16_000                 # letters of a document after which a blank line ends it
-TXT_LONGEST = 250_000               # letters of a document after which the end of any line does
+TXT_LONGEST = 250_000               # letters of a document after which any white space does
+LONGEST_WORD = 1000                 # letters that are read on to the next white space
 LONGEST_LINE = 1 << 28              # letters of a line of JSON; more would fill up the memory
 BYTE_ORDER_MARK = "\ufeff"          # some programs write it at the beginning of a file
 REPLACEMENT = "\ufffd".encode()
@@ -56,10 +56,11 @@ def find(names, dataset):
     """
     if not names:
         return [find_parquet(dataset)]
-    paths = set()
-    for path in map(Path, names):
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
+    paths = {}                          # {(disk, number of the file): path}: each file once
+    for name in names:
+        path = Path(name)
+        if not path.exists() or not str(name):
+            raise UserError(f"{name} does not exist")
         inside = [p for p in path.iterdir() if not is_hidden(p)] if path.is_dir() else [path]
         texts = [p for p in inside if p.is_file() and p.name.lower().endswith(ENDINGS)]
         if not texts:
@@ -67,8 +68,9 @@ def find(names, dataset):
                             "also as .gz or .zst), and no folder with one")
         if others := sorted(set(inside) - set(texts)):
             print(f"{path}: {len(others)} of {len(inside)} names are left out, as {others[0].name}")
-        paths.update(texts)
-    return sorted(paths, key=lambda path: (path.name, path))
+        for path in texts:
+            paths.setdefault((path.stat().st_dev, path.stat().st_ino), path)
+    return sorted(paths.values(), key=lambda path: (path.name, path))
 
 
 def is_hidden(path):
@@ -195,9 +197,8 @@ def refuse_broken(path, counts, limit):
     n_read, n_broken = counts["characters"], counts["broken"]
     if n_broken <= limit * n_read:
         return
-    encoding = "UTF-16" if counts["NUL"] > n_broken / 2 else "Latin1"
-    advice = (f"Perhaps it is {encoding}: `iconv -f {encoding} -t UTF-8 {unpacked_name(path)} > "
-              "NEW.txt` converts it")
+    advice = ("Write it again in UTF-8. `iconv -f ENCODING -t UTF-8` converts a file, if you know "
+              "its encoding, such as LATIN1, UTF-16LE, GBK or SHIFT_JIS")
     if path.suffix.lower() == ".parquet":
         advice = "Set --text_column to a column that holds text"
     raise UserError(f"{path} is no text in UTF-8: {n_broken / n_read:.1%} of {n_read:,} characters "
@@ -227,14 +228,15 @@ def columns_of(file, text_column):
 def parquet_columns(file, text_column):
     """Yield the column of text. One inside of another is outer.inner."""
     # without these two, all that was read or a whole row group would stay in memory
-    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20,
+                             page_checksum_verification=True)
     # a repetition level above 0 is a list
     texts = [column.path for column in parquet.schema
              if column.physical_type == "BYTE_ARRAY" and column.max_repetition_level == 0]
     if text_column not in texts:
         raise UserError(f"{file.name} has no column of text {text_column!r}; set --text_column to "
-                        f"one of those that it has: {', '.join(texts)}")
-    if [column.path for column in parquet.schema].count(text_column) > 1:
+                        f"one of those that it has: {', '.join(texts) or 'none'}")
+    if parquet.schema_arrow.names.count(text_column.split(".")[0]) > 1:
         raise UserError(f"{file.name} has several columns named {text_column!r}; rename them, or "
                         "set --text_column to another one")
     for batch in parquet.iter_batches(ROWS, columns=[text_column]):
@@ -252,8 +254,8 @@ def open_text(file):
     if packed == ".zst":
         file = pa.CompressedInputStream(file, "zstd")
     file = io.BufferedReader(file)
-    encoding = text_encoding(file.peek(2))
-    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+    encoding = text_encoding(file.peek(4))
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
     return io.TextIOWrapper(file, encoding, errors)
 
 
@@ -269,11 +271,14 @@ def jsonl_documents(file, path, field):
             continue
         try:
             record = json.loads(line)
-            text = record.get(field)
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, RecursionError) as error:
             while Path(path).suffix.lower() in PACKED and file.read(1 << 20):
                 pass                    # a damaged .gz says so at its end, which is the true reason
-            raise UserError(f"line {number:,} of {path} is no JSON object: {line[:40]!r}") from None
+            raise UserError(f"line {number:,} of {path} cannot be read as JSON ({error}): "
+                            f"{line[:40]!r}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"line {number:,} of {path} is no JSON object: {line[:40]!r}")
+        text = record.get(field)
         is_missing = number == 1 and field not in record
         if is_missing or not isinstance(text, str | None):
             raise UserError(f"line {number:,} of {path} has no text in {field!r}; set --text_column"
@@ -285,14 +290,23 @@ def txt_documents(file):
     """Yield the text before every separator, or up to a blank line once it is long enough."""
     text = ""
     while line := file.readline(TXT_LONGEST):
-        while line.endswith(SEPARATOR_PARTS) and (letter := file.readline(1)):
-            line += letter              # a long line was cut here, perhaps inside of a separator
-        *last_lines, line = line.replace(BYTE_ORDER_MARK, "").split(SEPARATOR)
+        line = line.removeprefix(BYTE_ORDER_MARK)
+        for _ in range(LONGEST_WORD):       # a long line is cut, but not in a word or a separator
+            if line[-1:].isspace() or not (letter := file.readline(1)):
+                break
+            line += letter
+        *last_lines, line = line.split(SEPARATOR)
         for last_line in last_lines:
-            yield (text + last_line).strip()
+            yield trimmed(text + last_line)
             text = ""
         text += line
         if len(text) > TXT_LONGEST or (len(text) > TXT_ENOUGH and line.isspace()):
-            yield text.strip()
+            yield trimmed(text)
             text = ""
-    yield text.strip()
+    yield trimmed(text)
+
+
+def trimmed(text):
+    """A document without the empty lines around it; "" if there is nothing but white space."""
+    text = text.lstrip("\n" + BYTE_ORDER_MARK).rstrip("\n")
+    return "" if text.isspace() else text

@@ -33,6 +33,7 @@ def make_figure(logs):
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[5, 1])
     late_losses = []                    # without the first tenth, which is steep
     for i, (name, entries) in enumerate(logs.items()):
+        name = name.replace("$", r"\$")     # else it begins a formula
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         for losses in draw_run(axes, name, entries, style):
             late_losses.extend(losses[len(losses) // 10:])

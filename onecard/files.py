@@ -20,7 +20,7 @@ def written_beside(path):
     If the block raises, the new file is removed and `path` stays as it was.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(path.name + ".onecard-new")
     # a killed process may have left it, perhaps as a second name of a file that must stay
     beside.unlink(missing_ok=True)
     try:
@@ -88,7 +88,9 @@ def unlock(folder):
 
 
 def text_encoding(first_bytes):
-    """The name of a text's encoding: UTF-16 if it begins with that mark, else UTF-8."""
+    """The name of a text's encoding: UTF-16 or 32 if it begins with that mark, else UTF-8."""
+    if first_bytes[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "utf-32"
     if first_bytes[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     return "utf-8-sig"                  # without the mark that some programs write

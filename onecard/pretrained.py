@@ -10,8 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from onecard.settings import UserError, import_package
-from onecard.tokenizer import END_OF_TEXT, VOCABULARY, VOCABULARY_SHA256, UnknownTokenizer
+from onecard.tokenizer import (
+    END_OF_TEXT,
+    VOCABULARY,
+    VOCABULARY_SHA256,
+    UnknownTokenizer,
+    gpt2,
+)
 
+PROBE = " The Zürich 2024 don't\n\n  東京🙂"     # a text that another tokenizer cuts in another way
 FETCHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")      # OpenAI's, from the internet
 # our settings, and their names for them; a GPT2Config knows these names, too
 KEYS = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
@@ -45,11 +52,11 @@ QWEN3_BLOCK = {
 
 def open_theirs(name):
     """(model of transformers, identity of its tokenizer or None); `name` as in read()."""
-    if name not in FETCHED and not Path(name).is_dir():
+    if name not in FETCHED and not (name and Path(name).is_dir()):
         close = difflib.get_close_matches(name, ("resume", "scratch", *FETCHED), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{name} is no folder and no .pt file, and the models that are fetched are "
-                        f"{', '.join(FETCHED)}{hint}")
+        raise UserError(f"{name!r} is no folder and no .pt file, and the models that are fetched "
+                        f"are {', '.join(FETCHED)}{hint}")
     transformers = import_package("transformers", f"{name} is not a checkpoint; reading it")
     try:                                # trust_remote_code: a folder is data, not code
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -59,9 +66,11 @@ def open_theirs(name):
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{name} is not a checkpoint, and transformers cannot read it: "
                         f"{first_line}") from None
-    if missing := sorted(report["missing_keys"]):       # they got random numbers
-        raise UserError(f"{name} has no {missing[0]} ({len(missing)} of the weights that its "
-                        "config.json promises are missing); fetch that folder again")
+    # what is missing got random numbers, and what is unexpected is of another network
+    for problem in ("missing", "unexpected"):
+        if names := sorted(report[f"{problem}_keys"]):
+            raise UserError(f"{name} does not hold the weights of its config.json: {names[0]} is "
+                            f"{problem} ({len(names)} in all); fetch that folder again")
     return theirs, identity
 
 
@@ -99,11 +108,15 @@ def read(name):
 
 def identity_of(transformers, folder):
     """Which tokenizer the folder of a model has, as tokenizer.of_checkpoint knows it, or None."""
-    if not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+    if not [path for pattern in ("*token*", "vocab*", "merges*", "*.model")
+            for path in folder.glob(pattern)]:
         return None                     # AutoTokenizer would make an empty one
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ours, _ = vocabulary()
-    return VOCABULARY_SHA256 if ours.items() <= theirs.items() else UnknownTokenizer.identity
+    ids = theirs.encode(PROBE, add_special_tokens=False)
+    if ours.items() <= theirs.get_vocab().items() and ids == gpt2().encode(PROBE):
+        return VOCABULARY_SHA256
+    return UnknownTokenizer.identity
 
 
 def vocabulary():

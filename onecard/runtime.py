@@ -144,6 +144,8 @@ def pick_device(name="auto"):
     except RuntimeError:
         raise UserError(f"device = {name!r} is not one that torch knows; "
                         "use auto, cuda, cuda:1, mps or cpu") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device = {name!r}: use auto, cuda, cuda:1, mps or cpu")
     missing = {"cuda": not has_cuda, "mps": not has_mps}
     if missing.get(device.type, False):
         raise UserError(f"device = {name!r}: torch {torch.__version__} sees no such device here. "

@@ -10,7 +10,6 @@ A config file is Python that leaves `key = value` lines behind. It may import an
 that start with an underscore are its own. The command line wins over files, and later files win
 over earlier ones.
 """
-import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -180,43 +179,56 @@ def config_text(cfg):
 class Console:
     """stdout or stderr, which drops what it cannot print: no print may end hours of training.
 
-    A terminal can be closed, a pipe can lose its reader, and a disk can be full.
+    A terminal can be closed, a pipe can lose its reader, and a disk can be full. A script that
+    makes nothing but what it prints ends then.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream, is_needed):
         self.stream = stream
+        self.is_needed = is_needed      # what is printed is all that the script makes
 
     def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
+        self.attempt(self.stream.write, text)
         return len(text)
 
     def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method, *args):
+        try:
+            method(*args)
+        except (OSError, ValueError) as error:
+            if self.is_needed:
+                sys.stdout = None       # Python must not try it again at its end
+                sys.exit(f"cannot print: {error}")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
-def open_consoles():
+def open_consoles(prints_results):
     """Make print() safe, also where the shell closed a stream."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:                 # else the next file of the run would get this number, and
             os.open(os.devnull, os.O_RDWR)      # what a library prints would land in it
+    sys.stdin = sys.stdin or open(os.devnull)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         # print line by line into a pipe, and "?" for a letter that the console does not have
         stream.reconfigure(line_buffering=True, errors="replace")
-        setattr(sys, name, Console(stream))
+        is_needed = prints_results and name == "stdout"
+        setattr(sys, name, Console(stream, is_needed))
 
 
-def configure_and_run(main, cls, doc):
-    """Run a script. What a user can mend becomes one sentence; a bug keeps its traceback."""
+def configure_and_run(main, cls, doc, prints_results=False):
+    """Run a script. What a user can mend becomes one sentence; a bug keeps its traceback.
+
+    `prints_results`: what the script prints is all that it makes.
+    """
     script = Path(sys.argv[0]).name
-    open_consoles()
+    open_consoles(prints_results)
     try:
         main(configure(cls, sys.argv[1:], doc))
     except UserError as error:

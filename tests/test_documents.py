@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import random
 import sys
 import types
@@ -78,11 +79,11 @@ FRENCH, NOISE = "d\xe9j\xe0 vu, na\xefve.\n" * 500, random.Random(0).randbytes(4
 
 
 @pytest.mark.parametrize("name, raw, advice", [
-    ("a.txt", FRENCH.encode("latin1"), "18.8% of 7,999 .*`iconv -f Latin1 -t UTF-8 a.txt > NEW"),
-    ("a.TXT.GZ", FRENCH.encode("latin1"), "a.TXT.GZ is no .*Latin1 -t UTF-8 a.TXT > NEW.txt`"),
-    ("a.jsonl", to_lines(["x"]).encode() + b'{"text": "\x80"}', "`iconv -f Latin1"),
+    ("a.txt", FRENCH.encode("latin1"), "18.8% of 7,999 .*`iconv -f ENCODING -t UTF-8`"),
+    ("a.TXT.GZ", FRENCH.encode("latin1"), "a.TXT.GZ is no text in UTF-8: 18.8%"),
+    ("a.jsonl", to_lines(["x"]).encode() + b'{"text": "\x80"}', "iconv"),
     ("a.txt", ("x" * 1999 + "\xe9" * 3).encode("latin1"), "0.1% of 2,002 characters are broken"),
-    ("a.txt", "a text without a mark".encode("utf-16le"), "`iconv -f UTF-16"),
+    ("a.txt", "a text without a mark".encode("utf-16le"), "iconv"),
     ("a.json.zst", '{"text": "\\u0000"}', "100.0% of 1 characters"),
     ("a.txt", NOISE, "a.txt is no text in UTF-8"), ("a.parquet", NOISE, "Set --text_column"),
     ("a.parquet", ("x" * 989 + "\0" * 11).encode(), "1.1% of 1,000 characters are broken")])
@@ -198,6 +199,38 @@ def test_names_mean_files_and_what_is_in_folders_and_no_name_the_one_parquet_fil
     assert documents.find((), "sample") == [documents.SAMPLE]
 
 
+def test_a_file_is_read_once_however_often_it_is_named(work):
+    write("f/a.txt", "x")
+    Path("f/b.txt").symlink_to(work / "f/a.txt")
+    os.link("f/a.txt", "f/c.txt")
+    names = ["f/a.txt", "f/../f/a.txt", work / "f/a.txt", "f"]
+    assert documents.find(names, "x") == [Path("f/a.txt")]
+
+
+def test_the_indentation_of_a_text_stays_and_no_word_is_cut(work):
+    lines = [f"    def f{i}(self):\n        return 'wordy{i} <|endof'\n" for i in range(3000)]
+    code = "\n".join(lines)                                 # 150,000 letters, cut at blank lines
+    write("a.txt", f"\n{code}{SEPARATOR}\n\n\u3000東京 \n\n{SEPARATOR}  \n{SEPARATOR}x")
+    texts = read("a.txt")[0]
+    assert texts[-2:] == ["\u3000東京 ", "x"] and all(text[:4] == "    " for text in texts[:-2])
+    assert "\n\n".join(texts[:-2]) == code.strip("\n")
+    write("b.txt", " ".join(f"wordy{i}" for i in range(100_000)))       # one line
+    texts = read("b.txt")[0]
+    assert len(texts) > 1 and [word for text in texts for word in text.split()] == [
+        f"wordy{i}" for i in range(100_000)]
+
+
+def test_a_flipped_bit_in_a_parquet_with_checksums_is_noticed(work):
+    texts = [str(i) * 20 for i in range(5000)]
+    write_parquet("a.parquet", texts, write_page_checksum=True, compression="none",
+                  use_dictionary=False)
+    whole = Path("a.parquet").read_bytes()
+    position = whole.index(b"1234" * 20)
+    Path("a.parquet").write_bytes(whole[:position] + b"0" + whole[position + 1:])
+    with pytest.raises(UserError, match="a.parquet cannot be read"):
+        read("a.parquet")
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst"])
 def test_a_damaged_file_is_named(work, name):
     texts = make_texts(3000)
@@ -296,9 +329,10 @@ def test_a_line_of_json_that_never_ends_is_not_read_whole(work, monkeypatch):
     ({}, [], "there is no parquet file under"),
     ({"data/a.parquet": "", "data/b.parquet": ""}, [], "can mean 2 parquet files, as data/a.pa"),
     ({"a.parquet": "no parquet"}, ["a.parquet"], "a.parquet cannot be read"),
+    ({"a.txt": "x"}, [""], " does not exist"),
     ({"a.jsonl": "[1]\n"}, ["a.jsonl"], "line 1 of a.jsonl is no JSON object: '[1]"),
-    ({"a.json": "[" * 100_000}, ["a.json"], "line 1 of a.json is no JSON object: '[[["),
-    ({"a.jsonl": '{"text": "x"}\n\n{"text'}, ["a.jsonl"], "line 3 of a.jsonl is no JSON object"),
+    ({"a.json": "[" * 100_000}, ["a.json"], "line 1 of a.json cannot be read as JSON (maximum"),
+    ({"a.jsonl": '{"text": "x"}\n\n{"text'}, ["a.jsonl"], "line 3 of a.jsonl cannot be read"),
     ({"a.jsonl": '{"text": "x"}\n{"text": 5}'}, ["a.jsonl"], "line 2 of a.jsonl has no text in"),
     ({"a.jsonl": '{"body": "x", "n": 1}'}, ["a.jsonl"], "the fields that it has: body, n")])
 def test_a_mistake_is_one_sentence(work, files, names, sentence):

@@ -167,6 +167,12 @@ def test_a_chosen_batch_is_no_larger_than_is_useful():
     assert memory.choose_batch(cfg, size_of(cfg), replace(GPU, room=1)) == 1
 
 
+def test_several_processes_need_room_for_the_sum_of_their_gradients():
+    cfg, size = small(), size_of(small())
+    one, two = [memory.needed(cfg, size, replace(GPU, count=n), 1) for n in (1, 2)]
+    assert two - one == pytest.approx(1.05 * 4 * size.total, abs=2)
+
+
 @pytest.mark.parametrize("settings, machine, words", [
     (dict(batch_size=24, gradient_accumulation_steps=2), {"room": 2e7},
      r"batch_size = 24 needs (.+) of memory, and a card has room for 19 MiB; --batch_size=\d+ "

@@ -61,7 +61,8 @@ def test_one_run_is_drawn_into_its_folder_and_several_into_a_file(work, capsys):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["out"], "out/log.jsonl holds no loss yet; the first step"), ([], "there is no run under out"),
+    (["out"], "out is no folder of a run"), ([], "there is no run under out"),
+    (["."], "./log.jsonl holds no loss yet; the first step"),
     (["--to=loss.txt"], "to = 'loss.txt' is not a .png, .svg or .pdf"),
     (["without matplotlib"], "a picture needs matplotlib: pip install matplotlib$"),
     (["without matplotlib.figure"], "matplotlib.figure")])

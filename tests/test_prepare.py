@@ -89,6 +89,22 @@ def test_few_documents_give_exactly_their_share_to_val_for_every_seed(work, n, s
     assert n == 2 or len(set(vals)) > 1
 
 
+@pytest.mark.parametrize("missing", NAMES)
+def test_what_is_left_of_a_dataset_is_only_replaced_by_the_same_or_by_force(work, missing):
+    write_parquet("a.parquet", documents(50))
+    write_parquet("b.parquet", documents(50, seed=1))
+    run(prepare, "a.parquet", "--dataset=d")
+    whole = contents("data/d")
+    Path("data/d", missing).unlink()
+    left = contents("data/d")
+    with pytest.raises(UserError, match="prepared from other files .* --force"):
+        run(prepare, "b.parquet", "--dataset=d")
+    assert contents("data/d") == left
+    if missing != "meta.json":
+        run(prepare, "a.parquet", "--dataset=d")
+        assert contents("data/d") == whole
+
+
 def test_many_copies_of_one_document_are_few_documents(work):
     write_parquet("a.parquet", ["many"] * 6000 + ["one"])
     run(prepare, "a.parquet", "--dataset=a")

@@ -80,8 +80,8 @@ def test_a_missing_package_is_named(monkeypatch):
     (transformers.GPT2Config(**SHAPE), "transformer.h.1."),
     (transformers.Qwen3Config(**QWEN3), "model.layers.1.")])
 @pytest.mark.parametrize("change, sentence", [
-    (lambda name, w: None, "weights that its config.json promises are missing"),
-    (lambda name, w: {f"old.{name}": w}, "weights that its config.json promises are missing"),
+    (lambda name, w: None, "does not hold the weights of its config.json"),
+    (lambda name, w: {f"old.{name}": w}, "does not hold the weights of its config.json"),
     (lambda name, w: {name: w[..., :3].clone()}, "transformers cannot read it")])
 def test_a_weight_that_is_missing_is_never_a_random_one(work, config, prefix, change, sentence):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained("one")
@@ -132,7 +132,7 @@ def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, n_rows, 
     ("openai-community/gpt2", "gpt2-large, gpt2-xl"), ("out/ckpt.bin", "gpt2-large, gpt2-xl")])
 def test_a_name_that_is_mistyped_asks_nobody(work, monkeypatch, name, hint):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=f"{name} is no folder and no .pt file") as error:
+    with pytest.raises(UserError, match=f"'{name}' is no folder and no .pt file") as error:
         checkpoint.read(name)
     assert str(error.value).endswith(hint)
 
