@@ -101,7 +101,10 @@ class TrainConfig(GPTConfig):
         in_range(0, 10, self, "min_lr", "embedding_lr", "head_lr", "scalar_lr",
                  "weight_decay", "embedding_weight_decay", "head_weight_decay")
         in_range(0, 0.99999, self, "beta1", "beta2", "momentum", "muon_beta2")
-        one_of(self, optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd"))
+        one_of(self, optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd"),
+               backend=("auto", "nccl", "gloo"))
+        if not self.out_dir:
+            raise UserError("out_dir is empty; name a folder for the run")
         optim.check_schedule(self)
         if not self.dry_run and (self.device_name or self.n_tokens):
             raise UserError("device_name and n_tokens are for a plan; add --dry_run")
@@ -254,7 +257,7 @@ def main(cfg):
         cfg = replace(cfg, compile=runtime.can_compile(world))
 
     # what will it cost? --dry_run ends here: it needs no data and writes nothing
-    saved = resume.first_checkpoint(cfg)        # the dict of a checkpoint; None for a new model
+    saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
     network = network_of(cfg, saved)
@@ -319,6 +322,7 @@ def main(cfg):
             if not evaluates:                   # no broken model may be saved
                 progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_look)
             guard.before_save(step, progress.val_loss)
+            train_data.check_unchanged()
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
             log.flush()                         # in place of an older run's, from now on

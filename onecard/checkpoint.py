@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from onecard import pretrained
-from onecard.files import to_disk, written_beside
+from onecard.files import written_beside
 from onecard.settings import UserError
 
 NEWEST, BEST, STABLE = "ckpt.pt", "best.pt", "stable.pt"
@@ -23,24 +23,19 @@ TYPES = {"model": dict, "model_args": dict, "iter_num": int, "optimizer": dict, 
          "hours": (int, float), "rng": list, "config": dict}
 
 
-def save(path, parts, copies=(), replaced=()):
-    """Write the dict `parts` to `path`, atomically, and to `copies`, which are whole before that.
-
-    The files `replaced`, of a run that this one replaces, go when the new file is complete.
-    """
+def save(path, parts, copies=()):
+    """Write the dict `parts` to `copies` and then to `path`, each of them atomically."""
     path = Path(path)
     try:
         with written_beside(path) as beside:
             torch.save(parts, beside)
-            to_disk(beside)
-            for file in replaced:
-                file.unlink(missing_ok=True)
             for name in copies:
                 copy(beside, name)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
-        free_gib = shutil.disk_usage(path.parent).free / 2**30
-        reason = str(error).splitlines()[0]
-        raise UserError(f"could not write {path} ({free_gib:.1f} GiB free): {reason}. "
+        reason, free = str(error).splitlines()[0], 0.0
+        if path.parent.is_dir():
+            free = shutil.disk_usage(path.parent).free / 2**30
+        raise UserError(f"could not write {path} ({free:.1f} GiB free): {reason}. "
                         "What was there before is unchanged") from error
 
 
@@ -126,7 +121,10 @@ def best_loss(folder):
     path = Path(folder) / BEST
     if not path.is_file():
         return float("inf")
-    return load(path, mmap=True)["best_val_loss"]
+    try:
+        return load(path, mmap=True)["best_val_loss"]
+    except UserError as error:
+        raise UserError(f"{error}. Without {path} the run goes on from {NEWEST}") from None
 
 
 def in_folder(folder):

@@ -43,6 +43,7 @@ class Dataset:
         if self.n_tokens <= block_size:
             raise UserError(f"{self.path} has {self.n_tokens:,} tokens, fewer than one window of "
                             f"block_size + 1 = {block_size + 1:,}; a smaller --block_size fits")
+        self.changed = self.path.stat().st_mtime_ns
         self.tokens = np.memmap(self.path, np.uint16, "r", shape=self.n_tokens)
         if meta:
             counts, index = meta["splits"][split], self.path.with_suffix(".idx")
@@ -68,6 +69,14 @@ class Dataset:
         if self.max_token >= vocab_size:
             raise UserError(f"{self.path} holds token {self.max_token}, but the model knows only "
                             f"ids below {vocab_size}; it needs --vocab_size={self.max_token + 1}")
+
+    def check_unchanged(self):
+        """Raise UserError if the file has another text than at the start."""
+        changed = self.path.stat().st_mtime_ns if self.path.is_file() else self.changed
+        if changed != self.changed and sha256(self.path) != self.fingerprint:
+            raise UserError(f"{self.path} was changed while the run read it. The run stops here; "
+                            "what was saved before is unchanged")
+        self.changed = changed
 
     def shuffle(self, epoch):
         """The stream of an epoch: its documents, where each ends, where the first window begins."""

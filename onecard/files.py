@@ -31,15 +31,10 @@ def written_beside(path):
     replace(beside, path)
 
 
-def to_disk(path):
-    """Wait until the file is on the disk, and not only in memory."""
-    with open(path, "rb+") as f:
-        os.fsync(f.fileno())
-
-
 def replace(beside, path):
     """Rename the finished file `beside` to `path`, after it has reached the disk."""
-    to_disk(beside)
+    with open(beside, "rb+") as f:
+        os.fsync(f.fileno())
     for wait_seconds in (0.1, 0.5, 2.0, None):
         try:
             os.replace(beside, path)
@@ -66,8 +61,11 @@ def lock(folder, what):
     The second process gets a UserError. It can still read what is in the folder.
     """
     folder = Path(folder).resolve()
-    if os.name != "posix" or folder in LOCKS:   # Windows does not replace a file that is in use
+    if os.name != "posix":              # Windows does not replace a file that is in use
         return
+    if folder in LOCKS and os.path.samestat(os.fstat(LOCKS[folder]), os.stat(folder)):
+        return
+    unlock(folder)                      # of a folder that was moved away: this is another one
     import fcntl
     LOCKS[folder] = os.open(folder, os.O_RDONLY)        # other programs do not inherit it
     try:

@@ -23,7 +23,7 @@ class Progress:
     val_loss: float = math.inf          # of the last evaluation
     best_val_loss: float = math.inf     # of best.pt
     hours: float = 0.0
-    replaces: bool = False              # its first checkpoint replaces the run in its folder
+    waits: bool = False                 # for its first save: its folder holds a run's files
     wandb_id: str = ""
 
 
@@ -42,14 +42,17 @@ def goes_on(cfg):
     return cfg.init_from == "resume" or cfg.init_from.endswith(".pt")
 
 
-def first_checkpoint(cfg):
+def first_checkpoint(cfg, world):
     """The checkpoint (or the weights of transformers) that init_from names; None for a new model.
 
-    Raises UserError if a run in out_dir would be lost.
+    Raises UserError if a run in out_dir would be lost, or still trains.
     """
+    if world.is_main and Path(cfg.out_dir).is_dir() and not (cfg.eval_only or cfg.dry_run):
+        lock(cfg.out_dir, "training")           # before its checkpoint is read
     used = files_of_run(cfg, (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE))
     if used and not (same_run(cfg) or cfg.overwrite or cfg.eval_only or cfg.dry_run):
-        raise UserError(f"{cfg.out_dir} holds a run ({used[0].name}). --init_from=resume goes on "
+        name = "resume" if used[0].name == checkpoint.NEWEST else used[0]
+        raise UserError(f"{cfg.out_dir} holds a run ({used[0].name}). --init_from={name} goes on "
                         "with it, --out_dir=OTHER starts beside it, --overwrite replaces it")
     if cfg.init_from == "scratch":
         return None
@@ -72,10 +75,20 @@ def same_run(cfg):
 
 
 def open_folder(cfg, progress):
-    """Make out_dir and keep other runs out of it. Files of an older run stay for now."""
+    """Make out_dir and keep other runs out of it. Files of an older run stay until the first save.
+    """
+    make_folder(cfg)
+    used = files_of_run(cfg, FILES)
+    if not used and files_of_run(cfg, ["config.py"]):
+        raise UserError(f"{cfg.out_dir} holds a config.py, which a run would replace; set another "
+                        "--out_dir")
+    progress.waits = bool(used) and cfg.init_from != "resume"
+
+
+def make_folder(cfg):
+    """Make out_dir, also if somebody moved it away, and keep other runs out of it."""
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     lock(cfg.out_dir, "training")
-    progress.replaces = not same_run(cfg) and bool(files_of_run(cfg, FILES))
 
 
 def check_tokenizer(cfg, saved, vocabulary, world):
@@ -149,36 +162,49 @@ def save(state, cfg, world, is_best, is_stable):
     gc.collect()                                # the training loop has switched it off
     rng = world.gather(runtime.rng_state(world.device))
     model, progress, out_dir = state.model, state.progress, Path(cfg.out_dir)
-    best_val_loss, copies, replaced = progress.best_val_loss, [], []
+    replaces = progress.waits and not same_run(cfg)
+    best_val_loss, copies = progress.best_val_loss, []
     if is_best:
         best_val_loss = progress.val_loss
+    if is_best or replaces:                     # best.pt of the old run must not stay
         copies.append(out_dir / checkpoint.BEST)
     if is_stable:                               # a longer run can go on from this one
         copies.append(out_dir / checkpoint.STABLE)
-    if progress.replaces:
-        replaced = files_of_run(cfg, FILES)
     parts = {
         **state.fixed, "model": model.state_dict(), "model_args": model.config.model_args(),
         "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
         "iter_num": progress.step, "best_val_loss": best_val_loss, "hours": progress.hours,
         "wandb_id": progress.wandb_id, "rng": rng, "config": asdict(cfg),
         "versions": runtime.versions()}
-    try:
-        if world.is_main:
-            checkpoint.save(out_dir / checkpoint.NEWEST, parts, copies, replaced)
-            write_text(out_dir / "config.py", config_text(cfg))
-    except (UserError, OSError) as error:
-        world.print(f"warning    {error}. The run goes on, and tries again at the next save")
-        return
+    if world.is_main:
+        try:
+            make_folder(cfg)
+            checkpoint.save(out_dir / checkpoint.NEWEST, parts, copies)
+        except (UserError, OSError) as error:
+            names = ", ".join(path.name for path in [out_dir / checkpoint.NEWEST, *copies])
+            world.print(f"warning    step {progress.step:,} is not saved ({names}): {error}")
+            return
+        finish_folder(cfg, world, replaces, is_stable)
     progress.best_val_loss, progress.saved_step = best_val_loss, progress.step
-    progress.replaces = False
+    progress.waits = False
+
+
+def finish_folder(cfg, world, replaces, is_stable):
+    """Write config.py beside a new checkpoint, and remove what an older run left."""
+    try:
+        write_text(Path(cfg.out_dir) / "config.py", config_text(cfg))
+        for file in files_of_run(cfg, ("log.jsonl", "eval.json", checkpoint.STABLE)):
+            if replaces and not (is_stable and file.name == checkpoint.STABLE):
+                file.unlink()
+    except OSError as error:
+        world.print(f"warning    {error}")
 
 
 def check_saved(progress, cfg, world):
     """Raise UserError if the last save failed."""
     if world.is_main and progress.saved_step != progress.step:
-        raise UserError(f"step {progress.step:,} could not be saved; {cfg.out_dir} holds step "
-                        f"{progress.saved_step:,}. Make room, then --init_from=resume goes on")
+        raise UserError(f"step {progress.step:,} could not be saved, as the warning above says; "
+                        f"the last one that was saved is {progress.saved_step:,}")
 
 
 def restore(state, parts, cfg, world):
@@ -195,7 +221,8 @@ def restore(state, parts, cfg, world):
                         f"{error}") from None
     progress = state.progress
     progress.step = progress.saved_step = max(parts["iter_num"], 0)
-    # best.pt may be of a later step than `parts`, and stays until a better one comes
-    progress.best_val_loss = checkpoint.best_loss(cfg.out_dir)
     progress.hours = parts.get("hours", 0.0)
-    progress.wandb_id = parts.get("wandb_id", "")
+    if same_run(cfg):
+        # best.pt may be of a later step than `parts`, and stays until a better one comes
+        progress.best_val_loss = checkpoint.best_loss(cfg.out_dir)
+        progress.wandb_id = parts.get("wandb_id", "")

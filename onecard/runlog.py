@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from onecard import figure, runtime
+from onecard import figure, resume, runtime
 from onecard.files import write_text
 from onecard.settings import UserError, import_package
 
@@ -61,7 +61,8 @@ class RunLog:
         self.started = time.monotonic()
         self.seconds, self.n_timed = 0.0, 0     # of steps since the last line of log.jsonl
         self.drawn = self.started           # when the last loss.png was drawn
-        self.is_open, self.unwritten = False, b""   # bytes of log.jsonl that are not on the disk
+        self.is_open, self.is_behind = False, False
+        self.kept, self.unwritten = None, b""   # lines of log.jsonl that are not on the disk
         self.bar, self.trackers = None, []
 
     def open(self, data):
@@ -71,10 +72,10 @@ class RunLog:
             self.trackers.append(Wandb(self.cfg, self.progress))
         if self.cfg.tensorboard_log:
             self.trackers.append(TensorBoard(self.cfg, self.first_step))
-        if not self.progress.replaces:
-            # a killed run may have logged steps after its last checkpoint: they will come again
-            kept = [entry for entry in read_log(self.path) if entry["step"] <= self.first_step]
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        # a killed run may have logged steps after its last checkpoint: they will come again
+        same_run = [entry for entry in read_log(self.path) if resume.same_run(self.cfg)]
+        kept = [entry for entry in same_run if entry["step"] <= self.first_step]
+        self.kept = "".join(json.dumps(entry) + "\n" for entry in kept)
         self.is_open = True
         self.write(step=self.first_step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
                    device=runtime.device_name(self.world.device), world_size=self.world.size,
@@ -92,14 +93,20 @@ class RunLog:
 
     def flush(self):
         """Write the lines that are waiting. What the disk does not take is tried again later."""
-        if self.progress.replaces or not self.unwritten:    # log.jsonl may be of an older run
+        if self.progress.waits or not self.unwritten:       # log.jsonl may be of an older run
             return
         try:
+            if self.kept is not None:
+                write_text(self.path, self.kept)
+                self.kept = None
             with open(self.path, "ab", buffering=0) as file:
                 n_written = file.write(self.unwritten)      # on a full disk perhaps not all
-            self.unwritten = self.unwritten[n_written:]
+            self.unwritten, self.is_behind = self.unwritten[n_written:], False
         except OSError as error:
-            self.world.print(f"warning    {self.path} cannot be written, the run goes on: {error}")
+            if not self.is_behind:      # say it once
+                self.world.print(f"warning    {self.path} cannot be written, the run goes on, and "
+                                 f"tries it again: {error}")
+            self.is_behind = True
 
     def hours_of_process(self):
         """Hours since this process began to train."""
@@ -132,6 +139,8 @@ class RunLog:
     def draw(self):
         """loss.png of this run, if matplotlib is installed. A picture never stops a run."""
         self.drawn = time.monotonic()
+        if self.progress.waits:
+            return
         try:
             entries = read_log(self.path)
             figure.draw({str(self.out_dir): entries}, self.out_dir / "loss.png")
@@ -196,14 +205,20 @@ class RunLog:
         if not self.is_open:
             return
         for tracker in self.trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:
+                print(f"warning    {type(tracker).__name__} did not end well: {error}")
         self.draw()
         step, best = self.progress.step, "-"
         if math.isfinite(self.progress.best_val_loss):
             best = f"{self.progress.best_val_loss:.4f}"
         reason, advice = "stopped on request", "--init_from=resume goes on"
+        if self.progress.waits or not (self.out_dir / "ckpt.pt").is_file():
+            advice = "nothing was saved"
         if step >= self.cfg.max_iters:
             reason = "finished"
+        if step >= self.cfg.max_iters and advice != "nothing was saved":
             advice = f"`python sample.py --out_dir={self.out_dir}` lets it write"
         elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
@@ -217,11 +232,11 @@ class Wandb:
         try:
             run = self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
                                   config=asdict(cfg), id=progress.wandb_id or None, resume="allow")
+            progress.wandb_id = run.id      # a resumed run goes on in the same one
         except Exception as error:          # no account, no network, a wrong project
             raise UserError(f"wandb does not start ({error}). `wandb login` gives it your "
                             "account, WANDB_MODE=offline needs none, and --wandb_log=False goes "
                             "without it") from None
-        progress.wandb_id = run.id          # a resumed run goes on in the same one
 
     def log(self, numbers, step):
         self.wandb.log({"iter": step, **numbers}, step=step)
@@ -235,7 +250,10 @@ class TensorBoard:
         import_package("tensorboard", "tensorboard_log = True")
         from torch.utils.tensorboard import SummaryWriter
         purge_step = first_step + 1 if first_step else None
-        self.writer = SummaryWriter(cfg.out_dir, purge_step=purge_step)
+        try:
+            self.writer = SummaryWriter(cfg.out_dir, purge_step=purge_step)
+        except Exception as error:
+            raise UserError(f"TensorBoard cannot write into {cfg.out_dir}: {error}") from None
 
     def log(self, numbers, step):
         for name, number in numbers.items():

@@ -83,15 +83,19 @@ def start(device="auto", dtype="auto", backend="auto"):
     grow_cuda_segments()
     # torch keeps compiled kernels in /tmp, which a reboot empties; here a resumed run finds them.
     # A compiler's command line cannot have every path in it: no space, no quote
-    if re.fullmatch(r"[\w./:\\+-]+", str(PROJECT)):
+    if re.fullmatch(r"[\w./:\\+-]+", str(PROJECT)) and os.access(PROJECT, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(PROJECT / ".cache" / "inductor"))
     device = pick_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    except ValueError as error:
+        raise UserError("WORLD_SIZE, RANK and LOCAL_RANK are not as torchrun sets them "
+                        f"({error}); unset them") from None
     if size == 1:
         return World(device, pick_dtype(dtype, device))
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started process {local_rank} here, but this machine has "
@@ -103,7 +107,11 @@ def start(device="auto", dtype="auto", backend="auto"):
     if backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = 'nccl' needs CUDA, and the device is {device.type}; "
                         "use --backend=gloo")
-    dist.init_process_group(backend)
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the {size} processes do not find each other ({error}); start them by "
+                        "torchrun") from None
     dtype, control = pick_dtype(dtype, device), dist.new_group(backend="gloo")
     world = World(device, dtype, rank, size, control)
     # without this, an early error of rank 0 hides behind a connection error of the others

@@ -86,6 +86,8 @@ def configure(cls, argv, doc=""):
                 text = "True"
             elif not equals:                                # --key value
                 text = next(arguments, None)
+                if text and text.startswith("--"):          # the value was forgotten
+                    text = None
             in_arguments[key] = parse(text, fields[key])
         elif argument.endswith(".py"):
             in_config_files |= read_settings(argument, fields)
@@ -115,7 +117,7 @@ def read_config_file(path):
         raise UserError(f"{path}: there is no such config file")
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
     not_settings = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {key: value for key, value in names.items()
@@ -235,10 +237,10 @@ def configure_and_run(main, cls, doc, prints_results=False):
         tqdm.write(f"{script}: {error}", file=sys.stderr)       # not into a progress bar
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:         # not from the system
             raise
-        tqdm.write(f"{script}: cannot read or write {error.filename}: {error.strerror}",
-                   file=sys.stderr)
+        name = error.filename or "a file"
+        tqdm.write(f"{script}: cannot read or write {name}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(f"\n{script}: stopped")

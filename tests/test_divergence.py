@@ -42,11 +42,15 @@ def test_float16_may_skip_updates_but_not_for_ever():
         guard(scale=0.5).before_update(1, 3.0, math.nan)
 
 
-@pytest.mark.parametrize("val_loss", [math.nan, math.inf, 8e11, 8.33])
+@pytest.mark.parametrize("val_loss", [math.nan, math.inf, 8e11, 28.4])
 def test_a_model_that_lost_what_it_knew_is_not_saved(val_loss):
-    guard().before_save(1, 8.31)
+    guard().before_save(1, 28.3)                    # it may know its training text by heart
     with pytest.raises(UserError, match="step 1: the validation loss is .* unchanged"):
         guard().before_save(1, val_loss)
+    g = guard()
+    g.before_update(1, 8.4, 1.0)                    # it does not
+    with pytest.raises(UserError, match="step 1: the validation loss is 8.4"):
+        g.before_save(1, 8.4)
 
 
 @pytest.mark.parametrize("settings, change", [

@@ -189,9 +189,11 @@ def test_a_used_folder_is_never_started_over_unasked(tiny, name):
     for other in {"ckpt.pt", "best.pt", "stable.pt"} - {name}:
         os.unlink(f"out/{other}")
     before = Path("out", name).read_bytes()
-    with pytest.raises(UserError, match=rf"out holds a run \({name}\). --init_from=resume goes on "
-                                        "with it, --out_dir=OTHER starts beside it, --overwrite"):
+    init_from = {"ckpt.pt": "resume"}.get(name, f"out/{name}")
+    with pytest.raises(UserError, match=rf"out holds a run \({name}\). --init_from={init_from} "
+                                        "goes on with it, --out_dir=OTHER starts .* --overwrite"):
         run_tiny(seed=2)
+    run_tiny(**MUON, max_iters=4, init_from=init_from, eval_only=True)
     assert Path("out", name).read_bytes() == before
     run_tiny(seed=2, overwrite=True, max_iters=1, eval_interval=5)
     assert saved("best.pt")["iter_num"] == saved()["iter_num"] == 1
@@ -232,6 +234,80 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tiny
     process.kill()
     process.communicate()
     run_tiny(init_from="resume", max_iters=saved()["iter_num"] + 1)
+
+
+def test_a_run_that_stops_late_is_not_set_back_by_its_successor(tiny):
+    first = start(tiny, max_iters=10**6, lr_decay_iters=10**6)
+    wait_for(first, "step 8/")
+    second = start(tiny, max_iters=10**6, lr_decay_iters=10**6, init_from="resume")
+    out = second.communicate(timeout=60)[0]         # before it has read the checkpoint
+    assert second.returncode == 1 and "another process is training in" in out
+    first.kill()
+    first.communicate()
+
+
+def test_a_folder_that_was_moved_away_is_made_again_and_still_locked(tiny):
+    process = start(tiny, max_iters=10**6, lr_decay_iters=10**6)
+    wait_for(process, "step 8/")
+    os.rename("out", "moved")
+    wait_for(process, "step 30/")
+    assert saved()["iter_num"] >= 24
+    with pytest.raises(UserError, match="another process is training"):
+        run_tiny(overwrite=True)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_data_that_changes_under_a_run_is_noticed_before_it_saves(tiny):
+    process = start(tiny, max_iters=10**6, lr_decay_iters=10**6, save_minutes=0.0)
+    wait_for(process, "step 8/")
+    os.utime("data/letters/train.bin")              # the same text: nothing happens
+    wait_for(process, "step 30/")
+    data = np.memmap("data/letters/train.bin", np.uint16, "r+")
+    data[:] = data[::-1].copy()
+    data.flush()
+    os.utime("data/letters/train.bin")
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "train.bin was changed while the run read it" in out
+    assert saved()["iter_num"] >= 24
+
+
+def test_a_run_that_replaces_another_does_not_inherit_its_best_loss(tiny):
+    run_tiny(out_dir="good", max_iters=60, lr_decay_iters=60)
+    run_tiny(out_dir="start", max_iters=6)
+    run_tiny(out_dir="good", overwrite=True, init_from="start/ckpt.pt")
+    losses = [loss for (step, name), loss in log("good").items() if name == "val_loss"]
+    assert saved("best.pt", "good")["best_val_loss"] == min(losses)
+
+
+def test_a_branch_from_stable_pt_leaves_the_log_until_it_saves(tiny):
+    run_tiny(lr_schedule="wsd", cooldown=0.5)
+    before = contents("out")
+    process = start(tiny, lr_schedule="wsd", cooldown=0.5, max_iters=10**6, eval_interval=10**6,
+                    init_from="out/stable.pt")
+    wait_for(process, "step 40/")
+    process.kill()
+    process.communicate()
+    assert {name: contents("out")[name] for name in before} == before
+
+
+def test_a_config_of_the_user_is_never_replaced(tiny):
+    Path("mine").mkdir()
+    Path("mine/config.py").write_text("# my comments\n")
+    with pytest.raises(UserError, match="mine holds a config.py, which a run would replace"):
+        run_tiny(out_dir="mine")
+    assert Path("mine/config.py").read_text() == "# my comments\n"
+
+
+def test_a_damaged_best_pt_says_what_to_do(tiny):
+    run_tiny(max_iters=6)
+    os.unlink("out/best.pt")                        # the same file as ckpt.pt
+    Path("out/best.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="Without out/best.pt the run goes on from ckpt.pt"):
+        run_tiny(init_from="resume")
+    os.unlink("out/best.pt")
+    run_tiny(init_from="resume")
 
 
 def test_killed_between_best_pt_and_ckpt_pt_both_are_right(tiny):
