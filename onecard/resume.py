@@ -3,6 +3,7 @@ import gc
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -134,13 +135,20 @@ def check_same_run(state, parts, cfg):
         return
     ours = {name: value for name, value in state.fixed.items() if name != "tokenizer"}
     refuse(differences(parts, ours), "--force goes on all the same")
-    if saved.get("lr_schedule") != "wsd" or cfg.lr_schedule != "wsd":
-        return
-    cooldown_start = saved["max_iters"] - round(saved["cooldown"] * saved["max_iters"])
-    if cfg.max_iters > saved["max_iters"] and parts["iter_num"] > cooldown_start:
-        raise UserError(f"this run began to cool down at step {cooldown_start:,}; a larger "
-                        "max_iters would raise its learning rate again. "
-                        f"--init_from={cfg.out_dir}/{checkpoint.STABLE} goes on from before that")
+    check_rate(parts["iter_num"], saved, cfg)
+
+
+def check_rate(step, saved, cfg):
+    """Raise UserError if the learning rate of a run would rise again within its decay."""
+    known = {name: value for name, value in saved.items() if value is not None}
+    old = SimpleNamespace(**{**asdict(type(cfg)()), **known})   # nanoGPT has fewer settings
+    before, now = optim.lr_at(step, old), optim.lr_at(step, cfg)
+    decays = step > old.warmup_iters and before < old.learning_rate
+    if decays and now > before:
+        raise UserError(f"this run decays its learning rate, which would rise from {before:.3g} to "
+                        f"{now:.3g} with these settings of the schedule. Give its own, or --force; "
+                        f"with wsd, --init_from={cfg.out_dir}/{checkpoint.STABLE} goes on from "
+                        "before the decay")
 
 
 def differences(theirs, ours):

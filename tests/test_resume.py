@@ -164,13 +164,17 @@ def test_best_pt_of_a_finished_run_stays_until_the_longer_run_is_better(tiny):
     assert saved()["best_val_loss"] == finished["best_val_loss"]
 
 
-def test_a_run_that_cools_down_is_not_lengthened_in_the_middle(tiny):
-    settings = dict(lr_schedule="wsd", cooldown=0.5)
-    run_tiny(**settings)
-    with pytest.raises(UserError, match="began to cool down at step 6; .*out/stable.pt goes on"):
-        run_tiny(init_from="resume", max_iters=20, **settings)
-    run_tiny(init_from="resume", max_iters=20, force=True, **settings)
-    assert saved()["iter_num"] == 20
+@pytest.mark.parametrize("settings, change", [
+    (dict(lr_schedule="wsd", cooldown=0.5), dict(max_iters=20)),
+    (dict(lr_schedule="wsd", cooldown=0.5), dict(cooldown=0.1)),
+    (dict(lr_schedule="wsd", cooldown=0.5), dict(lr_schedule="cosine", lr_decay_iters=20)),
+    ({}, dict(lr_decay_iters=24)), ({}, dict(learning_rate=0.1)), ({}, dict(decay_lr=False))])
+def test_a_learning_rate_does_not_rise_again_in_silence(tiny, settings, change):
+    run_steps(9, **settings)
+    with pytest.raises(UserError, match="would rise from 0.00.* to 0.*out/stable.pt goes on"):
+        run_tiny(init_from="resume", **{**settings, **change})
+    run_tiny(init_from="resume", force=True, **{**settings, **change})
+    assert saved()["iter_num"] >= 12
 
 
 def test_a_run_that_stopped_in_its_cooldown_goes_on_in_it(tiny):
