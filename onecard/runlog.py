@@ -73,9 +73,9 @@ class RunLog:
         if self.cfg.tensorboard_log:
             self.trackers.append(TensorBoard(self.cfg, self.first_step))
         # a killed run may have logged steps after its last checkpoint: they will come again
-        same_run = [entry for entry in read_log(self.path) if resume.same_run(self.cfg)]
-        kept = [entry for entry in same_run if entry["step"] <= self.first_step]
-        self.kept = "".join(json.dumps(entry) + "\n" for entry in kept)
+        entries = read_log(self.path) if resume.same_run(self.cfg) else []
+        self.kept = "".join(json.dumps(entry) + "\n" for entry in entries
+                            if entry["step"] <= self.first_step)
         self.is_open = True
         self.write(step=self.first_step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
                    device=runtime.device_name(self.world.device), world_size=self.world.size,
@@ -214,14 +214,13 @@ class RunLog:
         if math.isfinite(self.progress.best_val_loss):
             best = f"{self.progress.best_val_loss:.4f}"
         reason, advice = "stopped on request", "--init_from=resume goes on"
-        if self.progress.waits or not (self.out_dir / "ckpt.pt").is_file():
-            advice = "nothing was saved"
         if step >= self.cfg.max_iters:
             reason = "finished"
-        if step >= self.cfg.max_iters and advice != "nothing was saved":
             advice = f"`python sample.py --out_dir={self.out_dir}` lets it write"
         elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
+        if self.progress.waits or not (self.out_dir / "ckpt.pt").is_file():
+            advice = "Nothing was saved"
         print(f"{reason} at step {step:,} after {self.hours():.2f} hours, best val loss {best}. "
               f"{advice}")
 
