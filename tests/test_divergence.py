@@ -63,7 +63,7 @@ def test_a_diverged_model_never_replaces_a_good_one(tiny, settings, change):
     before = contents("out")
     with pytest.raises(UserError, match="unchanged"):
         run_tiny(**{**settings, "init_from": "resume", "max_iters": 400, "lr_decay_iters": 400,
-                    "warmup_iters": 0, **change})
+                    "warmup_iters": 0, "force": True, **change})
     after = contents("out")
     assert [after[name] for name in ("ckpt.pt", "config.py")] == [
         before[name] for name in ("ckpt.pt", "config.py")]
