@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onecard.files import lock, replace, sha256, unlock, write_text
+from onecard.files import DATA, lock, replace, sha256, unlock, write_text
 from onecard.settings import UserError
 from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
-DATA = Path("data")
 FORMAT = 1                              # of meta.json and the files that it describes
 SPLITS = ("train", "val")
 NAMES = ("train.bin", "train.idx", "val.bin", "val.idx", "meta.json")

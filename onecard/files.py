@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onecard.settings import UserError
 
+DATA = Path("data")                     # where datasets lie
 LOCKS = {}                              # {folder: handle}, of this process
 
 

@@ -21,10 +21,10 @@ class Progress:
     """How far a run is."""
     step: int = 0
     saved_step: int = 0                 # of the newest checkpoint
-    val_loss: float = math.inf          # of the last evaluation
+    val_loss: float = math.inf          # of the last evaluation, or of a short look before a save
     best_val_loss: float = math.inf     # of best.pt
     hours: float = 0.0
-    waits: bool = False                 # for its first save: its folder holds a run's files
+    waits: bool = False                 # until its first save, as files of a run are in its folder
     wandb_id: str = ""
 
 
@@ -76,8 +76,7 @@ def same_run(cfg):
 
 
 def open_folder(cfg, progress):
-    """Make out_dir and keep other runs out of it. Files of an older run stay until the first save.
-    """
+    """Make out_dir. Files of an older run stay in it until the first save."""
     make_folder(cfg)
     used = files_of_run(cfg, FILES)
     if not used and files_of_run(cfg, ["config.py"]):

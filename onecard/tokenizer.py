@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from onecard.files import sha256
+from onecard.files import DATA, sha256
 from onecard.settings import UserError
 
-DATA = Path("data")                     # where datasets lie
 VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 N_VOCAB = 50257                         # ids 0 to 50256

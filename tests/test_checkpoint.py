@@ -174,3 +174,18 @@ def test_a_loss_that_nanogpt_saved_as_a_tensor_is_a_number(work):
     assert checkpoint.best_loss(".") == checkpoint.load("best.pt")["best_val_loss"] == 2.5
     checkpoint.save("best.pt", parts())
     assert checkpoint.best_loss(".") == checkpoint.best_loss("nowhere") == float("inf")
+
+
+def test_best_pt_is_whole_before_ckpt_pt_gets_its_name(work):
+    Path("ckpt.pt").mkdir()                         # so that this name cannot be taken
+    with pytest.raises(UserError, match="could not write ckpt.pt"):
+        checkpoint.save("ckpt.pt", parts(2), copies=["best.pt"])
+    assert checkpoint.load("best.pt")["iter_num"] == parts(2)["iter_num"]
+
+
+def test_what_a_killed_save_left_is_no_way_into_best_pt(work):
+    checkpoint.save("ckpt.pt", parts(1), copies=["best.pt"])
+    os.link("best.pt", "ckpt.pt.onecard-new")       # a kill between the two names leaves this
+    before = Path("best.pt").read_bytes()
+    checkpoint.save("ckpt.pt", parts(2))
+    assert Path("best.pt").read_bytes() == before
