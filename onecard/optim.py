@@ -84,13 +84,12 @@ def load_state(optimizer, state):
         return
     needed = average_shapes(optimizer)
     try:
-        averages = {number: {name: average.contiguous() for name, average in its.items()}
-                    for number, its in state["state"].items()}
-        shapes = {number: {name: average.shape for name, average in its.items()}
-                  for number, its in averages.items()}
-        if isinstance(optimizer, Muon):         # muon_beta2 = 0 keeps no mean_squares
-            for number, its in shapes.items():
-                its.setdefault("mean_squares", needed[number]["mean_squares"])
+        averages, shapes = {}, {}               # {number of a weight: {name: average}}
+        for number, of_weight in state["state"].items():
+            averages[number] = {name: a.contiguous() for name, a in of_weight.items()}
+            shapes[number] = {name: a.shape for name, a in of_weight.items()}
+            if isinstance(optimizer, Muon):     # muon_beta2 = 0 keeps no mean_squares
+                shapes[number].setdefault("mean_squares", needed[number]["mean_squares"])
     except (AttributeError, KeyError, TypeError):       # it is no state of an optimizer
         shapes = None
     # torch does not compare them, and its fused AdamW writes behind the end of a short average
