@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from onecard import checkpoint, tokenizer
 from onecard.attention import cached_attention, causal_attention, rotary_angles, rotate
-from onecard.loss import linear_cross_entropy, loss_of_chunk
+from onecard.loss import linear_cross_entropy, loss_of_logits
+from onecard.runtime import product_dtype
 from onecard.settings import UserError, check_type, in_range, one_of
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -103,8 +104,16 @@ class GPTConfig:
         return 4 * self.n_embd
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, computed in fp32 whatever the dtype of the input: no gain is rounded."""
+
+    def forward(self, x):
+        shape, weight, bias = self.normalized_shape, self.weight, self.bias
+        return F.layer_norm(x.float(), shape, weight, bias, self.eps).to(x.dtype)
+
+
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed in fp32 whatever the dtype of the input: no gain is rounded."""
+    """torch's RMSNorm, computed in fp32 as well."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(x.dtype)
@@ -113,7 +122,7 @@ class RMSNorm(nn.RMSNorm):
 def make_norm(config, size):
     """The norm that `config` names, over the last dimension."""
     if config.norm == "layernorm":
-        return nn.LayerNorm(size, bias=config.bias)
+        return LayerNorm(size, bias=config.bias)
     return RMSNorm(size, eps=1e-6)
 
 
@@ -134,19 +143,18 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos_sin=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)                              # 3 x (B, T, C)
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                     # (B, H, T, D)
-        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q.view(B, T, self.n_head, -1))                        # (B, T, H, D)
+        k = self.k_norm(k.view(B, T, self.n_head, -1))
+        v = v.view(B, T, self.n_head, -1)
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
-        q, k = q.to(v.dtype), k.to(v.dtype)     # a LayerNorm under autocast returns fp32
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B, H, T, D)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q, k, v, dropout)
         else:
             k, v = cache.extend(self.layer, k, v)                             # all tokens so far
-            y = cached_attention(q, k, v)
+            y = cached_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -191,7 +199,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_of_chunk = loss_of_chunk      # an attribute, so that compile() can replace it
+        self.loss_of_logits = loss_of_logits    # an attribute, so that compile() can replace it
+        self.loss_chunk = 2048          # tokens whose logits exist at the same time
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -240,21 +249,23 @@ class GPT(nn.Module):
         A `cache` holds keys and values of the tokens before `idx`.
         """
         T = idx.size(1)
-        start = 0 if cache is None else cache.length
-        assert start + T <= self.config.block_size, f"{start + T} tokens do not fit the context"
+        assert T <= self.config.block_size, f"{T} tokens do not fit the context"
+        positions = slice(0, T)
+        if cache is not None:
+            positions = cache.advance(T)                                      # (T,)
         x = self.transformer.wte(idx)                                         # (B, T, C)
         if self.config.embed_norm:
             x = F.rms_norm(x, (self.config.n_embd,), eps=1e-6)
         cos_sin = None
         if self.config.position == "rotary":
-            cos_sin = self.cos_sin[:, start:start + T]                        # (2, T, D / 2)
+            cos_sin = self.cos_sin[:, positions]                              # (2, T, 1, D)
         else:
-            x = x + self.transformer.wpe.weight[start:start + T]
+            x = x + self.transformer.wpe.weight[positions]
         x = self.transformer.drop(x)
+        if product_dtype(x.device.type) is torch.bfloat16:
+            x = x.bfloat16()            # the blocks read and write half as much; fp16 may overflow
         for block in self.transformer.h:
             x = block(x, cos_sin, cache)
-        if cache is not None:
-            cache.length += T           # once, after all blocks
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -266,18 +277,19 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        return linear_cross_entropy(x, self.lm_head.weight, targets, self.loss_of_chunk)
+        return linear_cross_entropy(x, self.lm_head.weight, targets, self.loss_chunk,
+                                    self.loss_of_logits)
 
-    def compile(self, **options):
+    def compile(self, recompute=False, **options):
         """Compile in place; the weights keep their names.
 
-        hidden() and the loss of a chunk become two graphs. In one graph, the logits of all chunks
-        would stay in memory until the end.
+        With `recompute`, backward computes cheap activations again instead of reading them: half
+        the memory, some 2 % slower. hidden() and the loss become two graphs. In one graph, the
+        logits of all chunks would stay in memory until the end.
         """
-        # allow it to recompute cheap activations in backward: half the memory, same speed
-        torch._functorch.config.ban_recompute_materialized_backward = False
+        torch._functorch.config.ban_recompute_materialized_backward = not recompute
         self.hidden = torch.compile(self.hidden, **options)
-        self.loss_of_chunk = torch.compile(self.loss_of_chunk, **options)
+        self.loss_of_logits = torch.compile(self.loss_of_logits, **options)
 
     def count_parameters(self):
         """{"total": all parameters, "blocks": those of blocks and norms, without embeddings}."""

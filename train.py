@@ -88,6 +88,8 @@ class TrainConfig(GPTConfig):
     device: str = "auto"                # cuda, cuda:1, mps, cpu; auto takes the best one
     dtype: str = "auto"                 # bfloat16, float16 (with scaled loss), float32, auto
     compile: bool = True                # torch.compile: a minute at the start, then much faster
+    # compute cheap activations again in backward: much less memory, some 2 % slower
+    recompute: str = "auto"             # yes, no; auto: only if there is no room to keep them
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,7 +104,9 @@ class TrainConfig(GPTConfig):
                  "weight_decay", "embedding_weight_decay", "head_weight_decay")
         in_range(0, 0.99999, self, "beta1", "beta2", "momentum", "muon_beta2")
         one_of(self, optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd"),
-               backend=("auto", "nccl", "gloo"))
+               backend=("auto", "nccl", "gloo"), recompute=("auto", "yes", "no"))
+        if self.recompute == "yes" and not self.compile:
+            raise UserError("recompute = 'yes' needs --compile=True: only a compiled model can")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
         optim.check_schedule(self)
@@ -149,14 +153,14 @@ def make_plan(cfg, network, saved, world):
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
-    if cfg.batch_size == 0:
-        sizes = world.gather(memory.choose_batch(cfg, size, machine))   # one for each GPU
-        cfg = replace(cfg, batch_size=min(sizes))
+    machine = replace(machine, room=min(world.gather(machine.room)))    # of the fullest GPU
+    fit = memory.choose(cfg, size, machine)
+    cfg = replace(cfg, batch_size=fit.batch_size)
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
-    run_plan = plan.Plan(cfg, size, machine, val_windows, known_tokens)
+    run_plan = plan.Plan(cfg, size, machine, fit, val_windows, known_tokens)
     if resume.goes_on(cfg):             # resume or FILE.pt: only the other steps cost time
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
@@ -250,6 +254,19 @@ def with_less_memory(compute, batches, *args):
                             "which changes no result")
 
 
+def update(optimizer, scaler):
+    """Change the weights, by the gradients that were unscaled before."""
+    try:
+        scaler.step(optimizer)
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise UserError("out of memory in the optimizer, which needs as much with every batch_size."
+                        " A smaller n_layer or n_embd fits; ckpt.pt is as it was") from None
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)       # frees them before an evaluation
+
+
 def main(cfg):
     # where does it run: ranks of torchrun, device, dtype
     world = runtime.start(cfg.device, cfg.dtype, cfg.backend)
@@ -276,6 +293,7 @@ def main(cfg):
     fixed = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
     state = make_state(cfg, network, saved, fixed, world)
     model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress
+    model.loss_chunk = run_plan.fit.chunk       # tokens whose logits exist at the same time
     del saved                                   # as large as the model and its optimizer
     first_step = progress.step
 
@@ -286,7 +304,8 @@ def main(cfg):
         log.open(train_data)
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
-        model.compile(dynamic=False)            # in place: the weights keep their names
+        # in place: the weights keep their names
+        model.compile(recompute=run_plan.fit.recompute, dynamic=False)
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     guard = Guard(network.vocab_size, scaler)   # stops a run that diverges
@@ -340,9 +359,7 @@ def main(cfg):
         # the one wait for the GPU in a step
         loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()
         guard.before_update(step + 1, loss, grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)   # frees them before an evaluation
+        update(optimizer, scaler)
         progress.step += 1
         log.step(progress.step, loss, lr, grad_norm, time.monotonic() - started)
 

@@ -12,7 +12,7 @@ always_save_checkpoint = True           # 0.8 GB after each evaluation; best.pt 
 wandb_log = False                       # log.jsonl has the same numbers, without an account
 
 dataset = 'fineweb'                     # data/fineweb/, which prepare.py makes
-batch_size = 12                         # windows in a micro-batch: 3.5 of the card's 12 GB
+batch_size = 12                         # windows in a micro-batch: 4.8 of the card's 12 GB
 gradient_accumulation_steps = 40        # 12 x 40 x 1,024 = 491,520 tokens a step, as GPT-2 124M
 block_size = 1024                       # GPT-2's context; a FineWeb document has about 700 tokens
 

@@ -18,30 +18,30 @@ def causal_attention(q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
-def cached_attention(q, k, v):
-    """The same for the last T tokens: q (B, H, T, D) against all k and v so far (B, H, S, D)."""
-    T, S = q.size(2), k.size(2)
-    mask = None
-    if T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+def cached_attention(q, k, v, mask):
+    """The same for the last T tokens: q (B, H, T, D) against all k and v so far (B, H, S, D).
+
+    `mask` (T, S) is True where a token may look; None: everywhere.
+    """
     return F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask)
 
 
 def rotary_angles(block_size, head_size, theta):
-    """Cosine and sine of the angles of each position, (2, T, D / 2) (Su et al. 2021)."""
+    """Cosine and sine of the angles of each position, (2, T, 1, D) (Su et al. 2021)."""
     exponent = torch.arange(0, head_size, 2).float() / head_size
     frequency = theta ** -exponent                                            # (D / 2,)
     position = torch.arange(block_size).float()
     angle = position[:, None] * frequency                                     # (T, D / 2)
-    return torch.stack((angle.cos(), angle.sin()))
+    cos, sin = angle.cos(), angle.sin()
+    cos_sin = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
+    return cos_sin[:, :, None]          # the same for all heads
 
 
 def rotate(x, cos_sin):
-    """Turn each pair of numbers (i, i + D / 2) of `x` by the angle of its position."""
+    """Turn each pair of numbers (i, i + D / 2) of `x` (B, T, H, D) by its position's angle."""
     cos, sin = cos_sin
-    a, b = x.float().chunk(2, dim=3)                                          # (B, H, T, D / 2)
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=3)
-    return rotated.to(x.dtype)
+    other = x.roll(x.size(3) // 2, 3)   # the other number of each pair
+    return (x * cos + other * sin).to(x.dtype)
 
 
 class CausalAttentionOnCPU(torch.autograd.Function):

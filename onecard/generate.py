@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from onecard.runtime import product_dtype
 from onecard.settings import UserError, in_range
 
 
@@ -32,61 +33,123 @@ class DrawConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens that the model has seen, with room for `length` tokens."""
+    """Keys and values of the tokens that the model has seen, with room for `length` tokens.
 
-    def __init__(self, config, batch_size, device, dtype, length):
+    With `fixed_shapes`, attention looks at all places and a mask hides the empty ones: then reading
+    one token is always the same work, which a CUDA graph can repeat.
+    """
+
+    def __init__(self, config, batch_size, device, dtype, length, fixed_shapes=False):
         shape = (config.n_layer, batch_size, config.n_head, length, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)               # (L, B, H, T, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0                 # tokens in it; the model counts them, after its last layer
+        self.fixed_shapes = fixed_shapes
+        self.n_read = torch.zeros(1, dtype=torch.long, device=device)   # a graph can count in it
+        self.clear()
+
+    def clear(self):
+        self.n_read.zero_()
+        self.visible = self.k.size(3) if self.fixed_shapes else 0       # places to look at
+
+    def advance(self, T):
+        """The positions (T,) of T more tokens. Once for all layers."""
+        self.positions = self.n_read + torch.arange(T, device=self.n_read.device)
+        self.n_read += T
+        self.mask = None                # a single token may look at all places
+        if not self.fixed_shapes:
+            self.visible += T
+            assert self.visible <= self.k.size(3), f"a cache for {self.k.size(3)} tokens is full"
+        if T > 1 or self.fixed_shapes:
+            places = torch.arange(self.visible, device=self.n_read.device)
+            self.mask = places <= self.positions[:, None]                     # (T, visible)
+        return self.positions
 
     def extend(self, layer, k, v):
-        """Add `k` and `v` (B, H, T, D) of new tokens; return those of all tokens so far."""
-        end = self.length + k.size(2)
-        assert end <= self.k.size(3), f"{end} tokens in a cache for {self.k.size(3)}"
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Add `k` and `v` (B, H, T, D) of the new tokens; return those of all visible places."""
+        keys, values = self.k[layer], self.v[layer]
+        keys.index_copy_(2, self.positions, k.to(keys.dtype))
+        values.index_copy_(2, self.positions, v.to(values.dtype))
+        return keys[:, :, :self.visible], values[:, :, :self.visible]
+
+
+class Writer:
+    """Chooses the next token, and the one after it. All that it changes stays where it is."""
+
+    def __init__(self, model, draw, n_vocab, fixed_shapes):
+        self.model, self.draw, self.n_vocab = model, draw, n_vocab
+        self.device, length = model.lm_head.weight.device, model.config.block_size
+        self.cache = KVCache(model.config, 1, self.device, product_dtype(self.device.type), length,
+                             fixed_shapes)
+        # random numbers come from the CPU: the same ones on every device
+        self.generator = torch.Generator().manual_seed(draw.seed)
+        self.numbers = torch.zeros(length + 1, device=self.device)
+        self.n_chosen = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.in_text = torch.zeros(n_vocab, dtype=torch.bool, device=self.device)
+        self.token = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def read(self, ids):
+        """Read a text, and choose the first token after it."""
+        n = len(self.numbers) - len(ids)        # until the context is full
+        self.numbers[:n] = torch.rand(n, generator=self.generator)
+        self.n_chosen.zero_()
+        ids = torch.tensor(ids, device=self.device)
+        self.in_text.zero_().index_fill_(0, ids, True)
+        self.cache.clear()
+        self.choose(self.model.hidden(ids[None], self.cache))
+
+    def read_token(self):
+        """Read the last token, and choose the one after it."""
+        self.choose(self.model.hidden(self.token[None], self.cache))
+
+    def choose(self, hidden):
+        logits = self.model.lm_head(hidden[0, -1])[:self.n_vocab].float()     # (V,)
+        u = self.numbers[self.n_chosen]                                       # (1,)
+        self.token.copy_(pick(logits, self.in_text, u, self.draw))
+        self.in_text.index_fill_(0, self.token, True)
+        self.n_chosen += 1
 
 
 @torch.inference_mode()
-def generate(model, ids, max_new_tokens, draw, n_vocab):
+def generate(model, ids, max_new_tokens, draw, n_vocab, fixed_shapes=None):
     """Yield the tokens that continue the list `ids`, one by one; each of them is below `n_vocab`.
 
     When the context is full, its last half stays, and is read again: once in block_size / 2 tokens.
+    On CUDA, `fixed_shapes` is the default, and a graph repeats the work of a token: the GPU would
+    wait for Python otherwise.
     """
-    block_size, device = model.config.block_size, model.lm_head.weight.device
-    context = torch.tensor([ids[-block_size:]], device=device)                # (1, T)
-    dtype = torch.float32               # of keys and values
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    cache = KVCache(model.config, 1, device, dtype, block_size)
-    generator = torch.Generator().manual_seed(draw.seed)
-    unread = context                    # tokens that are not in the cache yet
-    for _ in range(max_new_tokens):
-        if context.size(1) > block_size:
-            context = context[:, -max(block_size // 2, 1):]
-            cache.length, unread = 0, context
-        hidden = model.hidden(unread, cache)[0, -1]                           # (C,)
-        logits = model.lm_head(hidden)[:n_vocab].float()                      # (V,)
-        # one number a token, from the CPU: the same random numbers on every device
-        u = torch.rand(1, generator=generator).to(device)
-        unread = pick(logits, context[0], u, draw)[None]                      # (1, 1)
-        context = torch.cat((context, unread), dim=1)
-        yield unread.item()
+    block_size, on_cuda = model.config.block_size, model.lm_head.weight.is_cuda
+    if fixed_shapes is None:
+        fixed_shapes = on_cuda
+    writer, graph = Writer(model, draw, n_vocab, fixed_shapes), None
+    ids = list(ids[-block_size:])
+    for n in range(max_new_tokens):
+        if n == 0 or len(ids) > block_size:
+            if n > 0:
+                ids = ids[-max(block_size // 2, 1):]
+            writer.read(ids)
+        elif graph:
+            graph.replay()
+        else:
+            writer.read_token()
+        if on_cuda and fixed_shapes and n == 2:     # the first tokens have loaded all kernels
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):       # records, and computes nothing
+                writer.read_token()
+        ids.append(writer.token.item())
+        yield ids[-1]
 
 
-def pick(logits, context, u, draw):
+def pick(logits, in_text, u, draw):
     """The next token (1,), from `logits` (V,) and a uniform number `u` (1,), 0 <= u < 1.
 
-    `context` (T,) is the text so far. The order of the steps is that of transformers: repetition
-    penalty (Keskar et al. 2019), temperature, top_k, top_p (Holtzman et al. 2020), min_p (Nguyen
-    et al. 2024).
+    `in_text` (V,) is True for the tokens of the text so far. The order of the steps is that of
+    transformers: repetition penalty (Keskar et al. 2019), temperature, top_k, top_p (Holtzman et
+    al. 2020), min_p (Nguyen et al. 2024).
     """
     if draw.repetition_penalty != 1:
-        seen, penalty = logits[context], draw.repetition_penalty
-        seen = torch.where(seen > 0, seen / penalty, seen * penalty)    # lower, of either sign
-        logits = logits.scatter(0, context, seen)
+        penalty = draw.repetition_penalty
+        lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(in_text, lower, logits)
     if draw.temperature == 0:
         return logits.argmax(dim=0, keepdim=True)
     ids = torch.arange(len(logits), device=logits.device)

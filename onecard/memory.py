@@ -1,39 +1,109 @@
-"""How much memory does training need, and which micro-batch fits? Counted in bytes, by hand.
+"""How much memory does training need, and how is a micro-batch computed? Counted by hand.
 
 Usually a step is at its peak while the loss is computed: it holds what all layers keep for the
-backward pass, and a chunk of logits. The count is within 4 % of the peaks of six runs on an H100.
-dev/trace.py compares it with steps on tensors without data.
+backward pass, and a chunk of logits.
 
-Weights, gradients, their averages and the stream between the blocks are in fp32: 4 bytes a number.
-All others have `itemsize` bytes, which is 2 in bf16 and fp16. `c` is the GPTConfig of the network,
-`size` a plan.Size and `machine` a cards.Machine.
+Weights, gradients and their averages are in fp32: 4 bytes a number. All others have `itemsize`
+bytes, which is 2 in bf16 and fp16. `c` is the GPTConfig of the network, `size` a plan.Size and
+`machine` a cards.Machine.
 """
 import math
+from dataclasses import dataclass
+from itertools import product
 
-from onecard.loss import CHUNK
+import torch
 
 FRAGMENTATION = 1.05                    # what CUDA's allocator holds, of what is alive (H100: 1.03)
 MAX_WINDOWS = 2**12                     # of a micro-batch that is looked for
 MAX_TOKENS = {"cuda": 2**16, "mps": 2**13, "cpu": 2**13}    # of a micro-batch; more is no faster
+MIN_CHUNK = 2048                        # tokens; the products of smaller chunks are slower
+# bytes that an RTX 4070 moves while it computes one FLOP: 454 GB/s, 37 TFLOP/s
+BYTES_PER_FLOP = 1 / 80
 
 
-def needed(cfg, size, machine, batch_size):
-    """Bytes that training needs with micro-batches of `batch_size` windows.
+@dataclass(frozen=True)
+class Fit:
+    """How a micro-batch is computed."""
+    batch_size: int                     # windows in it
+    chunk: int                          # tokens whose logits exist at the same time
+    recompute: bool                     # compute cheap activations again in backward
+
+
+def choose(cfg, size, machine):
+    """The smallest Fit that is at most 0.5 % slower than the fastest with room."""
+    batch_sizes = [cfg.batch_size]
+    if cfg.batch_size == 0:
+        limit = MAX_TOKENS[machine.kind] // cfg.block_size
+        batch_sizes = [B for B in divisors(cfg, machine) if B <= max(limit, 1)]
+    fits = [fit for B in batch_sizes for fit in fits_of(cfg, B)]
+    memory = {fit: needed(cfg, size, machine, fit) for fit in fits}
+    traffics = {fit: traffic(cfg, size, fit) for fit in fits if memory[fit] <= machine.room}
+    if traffics:
+        limit = min(traffics.values()) + 0.005 * BYTES_PER_FLOP * size.flops_per_token
+        fits = [fit for fit in traffics if traffics[fit] <= limit]
+    return min(fits, key=memory.get)
+
+
+def largest_batch(cfg, size, machine):
+    """Windows in the largest micro-batch that fits and divides a step; 0 if not even one fits."""
+    fitting = [B for B in divisors(cfg, machine)
+               if any(needed(cfg, size, machine, fit) <= machine.room for fit in fits_of(cfg, B))]
+    return max(fitting, default=0)
+
+
+def divisors(cfg, machine):
+    """The micro-batches, in windows, that divide a step."""
+    windows = cfg.windows_per_step // machine.count
+    return [B for B in range(1, min(windows, MAX_WINDOWS) + 1) if windows % B == 0]
+
+
+def fits_of(cfg, batch_size):
+    """Every way to compute micro-batches of `batch_size` windows."""
+    tokens = batch_size * cfg.block_size
+    n_chunks = [1]
+    while tokens / n_chunks[-1] >= 2 * MIN_CHUNK:
+        n_chunks.append(2 * n_chunks[-1])
+    chunks = [math.ceil(tokens / n / 128) * 128 for n in n_chunks]      # 128: a tile of a product
+    recomputes = {"auto": (False, True), "no": (False,), "yes": (True,)}[cfg.recompute]
+    if not cfg.compile:
+        recomputes = (False,)
+    return [Fit(batch_size, *choice) for choice in product(chunks, recomputes)]
+
+
+def traffic(cfg, size, fit):
+    """Bytes a token that this Fit moves because it is small, and for what it recomputes.
+
+    Counted in Inductor's schedule and in loss.py. Only differences between Fits have a meaning.
+    """
+    c, tokens = size.network, fit.batch_size * cfg.block_size
+    n_chunks = math.ceil(tokens / fit.chunk)
+    # of each micro-batch. A weight is cast to bf16 (6 bytes), and its gradient to fp32 and added to
+    # that of the step before (18); the head's is added up and scaled, too
+    weights = 24 * size.blocks + (14 + 16 * n_chunks) * c.vocab_size * c.n_embd
+    recomputed = 0
+    if fit.recompute:
+        weights += 6 * size.blocks      # they are cast again
+        recomputed = 12 * c.n_layer * c.n_embd
+    return weights / tokens + recomputed
+
+
+def needed(cfg, size, machine, fit):
+    """Bytes that training needs with this Fit.
 
     An evaluation always needs less: it keeps nothing for a backward pass.
     """
-    c, itemsize, tokens = size.network, machine.dtype.itemsize, batch_size * cfg.block_size
+    c, itemsize, tokens = size.network, machine.dtype.itemsize, fit.batch_size * cfg.block_size
     state = 16 * size.total             # a weight, its gradient, and AdamW's two averages
     if machine.count > 1:
         state += 4 * size.total         # the sum of all processes' gradients
-    kept = tokens * c.n_layer * kept_by_layer(c, itemsize, cfg.compile)
+    kept = tokens * c.n_layer * kept_by_layer(c, machine.dtype, cfg.compile, fit.recompute)
     if machine.kind == "cpu" and c.norm == "rmsnorm" and not cfg.compile:
         kept += tokens * c.n_layer * 24 * c.n_embd      # the result of each of its operations
-    peak = kept + needed_by_loss(c, tokens, itemsize, cfg.compile)
+    if itemsize == 2 and not fit.recompute:
+        kept += 2 * size.blocks         # the weights in bf16 or fp16
+    peak = kept + needed_by_loss(c, tokens, fit.chunk, itemsize, cfg.compile)
     if cfg.compile:                     # its backward ends with all new gradients at once
         peak = max(peak, 4 * size.blocks + 8 * c.vocab_size * c.n_embd)
-    elif itemsize == 2:
-        peak += 2 * size.blocks         # autocast keeps its copies of the weights
     if cfg.optimizer == "muon":
         state -= 4 * size.blocks        # a matrix has one average
         # five stacks of all matrices of one shape: the attention's, or the first of the MLPs
@@ -42,19 +112,29 @@ def needed(cfg, size, machine, batch_size):
     return round(FRAGMENTATION * (state + peak))
 
 
-def kept_by_layer(c, itemsize, compiled):
+def kept_by_layer(c, dtype, compiled, recompute):
     """Bytes of one token that a layer keeps for its backward pass."""
-    C = c.n_embd
+    C, itemsize = c.n_embd, dtype.itemsize
     numbers = 4 * C + mlp_width(c)      # queries, keys, values, attention's result; MLP's first
     if c.position == "rotary" or c.qk_norm:
         numbers += 2 * C                # queries and keys once more, as attention sees them
-        if not compiled:
-            numbers += C                # attention's result, in another order
-    if not compiled:                    # compiled, these are computed again:
-        numbers += 2 * C + mlp_width(c)     # the results of both norms and the MLP's activation
-    n_bytes = itemsize * numbers + 8 * C    # 8 C: the stream, before attention and before the MLP
+    if not recompute:
+        numbers += 2 * C + c.inner_size     # the results of both norms and the MLP's activation
+    n_bytes = itemsize * numbers
+    # the stream, before attention and before the MLP: what their norms read
+    if compiled and dtype is torch.bfloat16:
+        n_bytes += 4 * C
+    else:
+        n_bytes += 8 * C                # in fp32
     if c.dropout:
-        n_bytes += 2 * C                # which numbers were dropped
+        n_bytes += 2 * C                # which numbers were dropped, in bytes
+    if not compiled:                    # a product's factors, even if they are quickly made again
+        if c.mlp == "swiglu":
+            n_bytes += itemsize * c.inner_size      # silu of the gate
+        if c.qk_norm and itemsize == 2:
+            n_bytes += 8 * C            # queries and keys in fp32
+        if c.dropout:
+            n_bytes += 2 * C            # what was dropped, in an order that attention needs
     return n_bytes
 
 
@@ -65,25 +145,13 @@ def mlp_width(c):
     return c.inner_size
 
 
-def needed_by_loss(c, tokens, itemsize, compiled):
+def needed_by_loss(c, tokens, chunk, itemsize, compiled):
     """Bytes of the last norm's result, of a chunk's logits, and of the head's gradient."""
-    n_chunks = max(math.ceil(tokens / CHUNK), 2)
-    n_logits = math.ceil(tokens / n_chunks) * c.vocab_size
-    logit = 6                           # in fp32, and once more in bf16
-    if compiled:
-        logit = 2 * itemsize            # it and its gradient
-    return 12 * tokens * c.n_embd + logit * n_logits + 8 * c.vocab_size * c.n_embd
-
-
-def largest_batch(cfg, size, machine, max_tokens=math.inf):
-    """Windows in the largest micro-batch that fits and divides a step; 0 if not even one fits."""
-    windows = cfg.windows_per_step // machine.count
-    fitting = [B for B in range(1, min(windows, MAX_WINDOWS) + 1)
-               if windows % B == 0 and B * cfg.block_size <= max_tokens
-               and needed(cfg, size, machine, B) <= machine.room]
-    return max(fitting, default=0)
-
-
-def choose_batch(cfg, size, machine):
-    """The batch_size that batch_size = 0 stands for. If not even one window fits: one."""
-    return max(largest_batch(cfg, size, machine, MAX_TOKENS[machine.kind]), 1)
+    logit = itemsize                    # it becomes its own gradient
+    if itemsize == 2 and not compiled:
+        logit = 6                       # in fp32, and once more in bf16
+    head = 6
+    if chunk < tokens:
+        head = 10                       # the sum of the chunks' gradients, and the next one
+    n_logits = min(chunk, tokens) * c.vocab_size
+    return 3 * itemsize * tokens * c.n_embd + logit * n_logits + head * c.vocab_size * c.n_embd

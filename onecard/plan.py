@@ -39,6 +39,7 @@ class Plan:
     cfg: object                         # train.py's settings
     size: Size
     machine: cards.Machine
+    fit: memory.Fit                     # how a micro-batch is computed
     val_windows: int                    # of an evaluation
     data: object = None                 # dataset.KnownTokens
     steps_before: int = 0               # of a resumed run
@@ -69,7 +70,7 @@ class Plan:
     @property
     def peak_memory(self):
         """Bytes."""
-        return memory.needed(self.cfg, self.size, self.machine, self.cfg.batch_size)
+        return memory.needed(self.cfg, self.size, self.machine, self.fit)
 
     @property
     def checkpoint(self):
@@ -197,14 +198,14 @@ def run_lines(plan):
 
 
 def memory_lines(plan):
-    cfg, room = plan.cfg, plan.machine.room
-    margin = "DOES NOT FIT"
+    room, margin = plan.machine.room, "DOES NOT FIT"
     if plan.peak_memory <= room:
         margin = f"{gib(room - plan.peak_memory)} to spare"
     lines = [f"memory     needs {gib(plan.peak_memory)}, {gib(room)} are free for it: {margin}"]
-    batch = memory.largest_batch(cfg, plan.size, plan.machine)
-    if room < math.inf and batch not in (0, cfg.batch_size):
-        lines.append(f"           largest that fits: {batch_settings(cfg, batch)}")
+    if plan.cfg.compile:
+        recompute = "yes (smaller, 2 % slower)" if plan.fit.recompute else "no"
+        lines.append(f"           recompute: {recompute}; logits of {plan.fit.chunk:,} tokens at a "
+                     "time")
     return lines
 
 

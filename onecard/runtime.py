@@ -182,6 +182,13 @@ def pick_dtype(name, device):
     return torch.float32
 
 
+def product_dtype(device_type, dtype=torch.float32):
+    """The dtype of matrix products: autocast's, or `dtype` where autocast is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
 def rng_state(device):
     """What torch's generators need to go on from here: {"cpu": uint8, "device": uint8 or None}."""
     state = {"cpu": torch.get_rng_state(), "device": None}

@@ -35,13 +35,14 @@ def test_attention_for_cpus_is_attention(T, dtype, tolerance):
 def test_the_last_tokens_see_what_they_see_in_the_whole_text(T):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 20, 16)
-    last = cached_attention(q[:, :, -T:], k, v)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()[-T:]
+    last = cached_attention(q[:, :, -T:], k, v, mask)
     assert torch.allclose(last, plain(q, k, v)[:, :, -T:], atol=1e-6)
 
 
 def test_rotary_positions_tell_distances_and_nothing_else():
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16)                              # (B, T, H, D)
     cos_sin = rotary_angles(200, 16, theta=10000.0)
 
     def score(q_position, k_position):

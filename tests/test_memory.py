@@ -69,6 +69,19 @@ def test_one_window_that_does_not_fit_is_one_sentence_and_loses_nothing(tiny, mo
     assert same(weights(), before)
 
 
+def test_an_optimizer_without_room_is_one_sentence_and_loses_nothing(tiny, monkeypatch):
+    run_tiny(max_iters=2)
+    before = weights()
+
+    def step(self, closure=None):
+        raise FULL
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(UserError, match="out of memory in the optimizer.*ckpt.pt is as it was"):
+        run_tiny(init_from="resume", max_iters=4, eval_interval=50)
+    assert same(weights(), before)
+
+
 def test_an_error_that_is_not_about_memory_keeps_its_traceback(tiny, monkeypatch):
     no_room_for(monkeypatch, 0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):

@@ -61,20 +61,24 @@ def written(work, capsys):
     return write
 
 
-@pytest.mark.parametrize("network, n_prompt", [({}, 1), ({}, 45), (MODERN, 32), (MODERN, 45)])
+@pytest.mark.parametrize("network, n_prompt, fixed_shapes", [
+    ({}, 1, False), ({}, 45, True), (MODERN, 32, True), (MODERN, 45, False)])
 @pytest.mark.parametrize("draw", [
     DrawConfig(top_k=50, top_p=0.9, min_p=0.01, seed=3), DrawConfig(temperature=0.0),
     DrawConfig(temperature=0.0, repetition_penalty=1.3)])
-def test_the_cache_changes_no_token_and_all_are_in_the_vocabulary(network, n_prompt, draw):
+def test_the_cache_changes_no_token_and_all_are_in_the_vocabulary(
+        network, n_prompt, fixed_shapes, draw):
     model, context = small(vocab_size=320, **network), torch.randint(60, (n_prompt,))
-    tokens = list(generate(model, context.tolist(), 70, draw, n_vocab=60))
+    tokens = list(generate(model, context.tolist(), 70, draw, n_vocab=60,
+                           fixed_shapes=fixed_shapes))
     assert len(set(tokens)) > 5 and max(tokens) < 60
     generator, context = torch.Generator().manual_seed(draw.seed), context[-32:]
     for token in tokens:                # the whole context is read again for every token
         if len(context) > 32:
             context = context[-16:]
         logits = model(context[None])[0, -1, :60]
-        expected = pick(logits, context, torch.rand(1, generator=generator), draw)
+        in_text = torch.zeros(60, dtype=torch.bool).index_fill(0, context, True)
+        expected = pick(logits, in_text, torch.rand(1, generator=generator), draw)
         assert token == expected.item()
         context = torch.cat((context, expected))
 
@@ -96,7 +100,8 @@ def test_tokens_have_the_probabilities_of_transformers(settings):
         transformers.TopPLogitsWarper(draw.top_p), transformers.MinPLogitsWarper(draw.min_p)])
     p = steps(context[None], logits[None])[0].softmax(0)
     numbers = [0.0, *((torch.arange(n) + 0.5) / n).tolist(), 1 - 2**-24]    # evenly spaced
-    drawn = torch.cat([pick(logits, context, torch.tensor([u]), draw) for u in numbers])
+    in_text = torch.zeros(20, dtype=torch.bool).index_fill(0, context, True)
+    drawn = torch.cat([pick(logits, in_text, torch.tensor([u]), draw) for u in numbers])
     counts = torch.bincount(drawn, minlength=20)
     assert (counts - p * n).abs().max() < 3.01 and not counts[p == 0].any()
 

@@ -159,19 +159,21 @@ def test_the_recipes_train(tiny, name):
 
 # several processes, other data
 
-def two_processes(folder, *args):
+def two_processes(folder, *args, local_ranks=("0", "1")):
     """Run train.py as torchrun starts it."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda rank: script(
             "train.py", *args, cwd=folder, check=False,
-            env={**world, "RANK": rank, "LOCAL_RANK": rank}), ("0", "1")))
+            env={**world, "RANK": rank, "LOCAL_RANK": local_ranks[int(rank)]}), ("0", "1")))
 
 
-@pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
-def test_two_processes_give_the_losses_of_one(tiny, settings):
+@pytest.mark.parametrize("settings, local_ranks", [({}, "01"), (MUON, "01"), ({}, "00")],
+                         ids=["adamw", "muon", "on two machines"])
+def test_two_processes_give_the_losses_of_one(tiny, settings, local_ranks):
     run_tiny(out_dir="out-one", eval_iters=5, **settings)
-    done = two_processes(tiny, *arguments(out_dir="out-two", eval_iters=5, **settings))
+    done = two_processes(tiny, *arguments(out_dir="out-two", eval_iters=5, **settings),
+                         local_ranks=local_ranks)
     assert [process.returncode for process in done] == [0, 0], done
     one, two = log("out-one"), log("out-two")
     assert one.keys() == two.keys() and all(two[k] == pytest.approx(one[k], abs=1e-4) for k in one)
