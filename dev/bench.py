@@ -20,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import GPT, GPTConfig  # noqa: E402
-from onecard import optim, runtime  # noqa: E402
+from onecard import cards, memory, optim, plan, runtime  # noqa: E402
 from onecard.settings import configure_and_run  # noqa: E402
 from train import TrainConfig, forward_backward  # noqa: E402
 
@@ -64,54 +64,87 @@ class PlainGPT(nn.Module):
 class Stepper:
     """A model that takes steps, always of the same windows."""
 
-    def __init__(self, model, cfg, device, dtype):
-        self.device, resident = device, 0
-        if device.type == "cuda":
+    def __init__(self, model, cfg, world, micro_batches=MICRO_BATCHES):
+        self.world, resident = world, 0
+        if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             resident = torch.cuda.memory_allocated()
-        self.model = model.to(device)
-        self.optimizer = optim.configure_optimizer(model, cfg, device, dtype)
-        self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        if cfg.compile:
-            model.compile(dynamic=False)
-        windows = torch.randint(cfg.vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
-        n = min(cfg.windows_per_step // cfg.batch_size, MICRO_BATCHES)
-        self.batches = SimpleNamespace(per_step=n, of_step=lambda step: [tuple(windows)] * n)
+        self.model = model.to(world.device)
+        self.optimizer = optim.configure_optimizer(model, cfg, world.device, world.dtype)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
+        generator = torch.Generator().manual_seed(1)
+        shape = (2, cfg.batch_size, cfg.block_size)
+        windows = torch.randint(cfg.vocab_size, shape, generator=generator).to(world.device)
+        n = min(cfg.windows_per_step // cfg.batch_size, micro_batches)
+        self.batches = SimpleNamespace(per_step=n, of_step=lambda step: [tuple(windows)] * n,
+                                       world=world)
         self.n_tokens = n * cfg.batch_size * cfg.block_size
+        self.losses = []
         for _ in range(2):              # the first ones compile and make the optimizer's averages
             self.step()
         self.peak = None
-        if device.type == "cuda":
+        if world.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated() - resident
+
+    def gradients(self):
+        """Forward and backward of all micro-batches; returns the loss."""
+        return forward_backward(self.batches, self.model, 0, self.scaler)
 
     def step(self):
         """Tokens a second of one step."""
         started = time.perf_counter()
-        forward_backward(self.model, self.batches, 0, self.scaler, self.autocast)
+        loss = self.gradients()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        norm.item()                     # train.py waits for the GPU here, too
+        # train.py waits for the GPU here, too
+        self.losses.append(torch.stack([loss, norm]).tolist())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
+        if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return self.n_tokens / (time.perf_counter() - started)
 
 
+def ours(cfg, world, fit, model_class=GPT):
+    """The model that train.py trains, as the plan computes a micro-batch."""
+    model = model_class(GPTConfig.of(cfg))
+    model.loss_chunk = fit.chunk
+    if cfg.compile:
+        model.compile(recompute=fit.recompute, dynamic=False)
+    return model
+
+
+def plain(cfg):
+    """A plain GPT-2 of the same shape."""
+    model = PlainGPT(cfg)
+    if cfg.compile:
+        model.compile(dynamic=False)
+    return model
+
+
+def planned(cfg, world):
+    """The plan's Fit on this machine, and the bytes that it needs."""
+    with torch.device("meta"):
+        size = plan.Size.of(GPT(GPTConfig.of(cfg)))
+    machine = cards.machine_of(world.device, world.dtype)
+    fit = memory.choose(cfg, size, machine)
+    return fit, memory.needed(cfg, size, machine, fit)
+
+
 def main(cfg):
-    world = runtime.start(cfg.device)
-    device, dtype = world.device, runtime.pick_dtype(cfg.dtype, world.device)
-    plain_dtype = torch.float32 if device.type == "cpu" else dtype
+    world = runtime.start(cfg.device, cfg.dtype)
+    plain_dtype = torch.float32 if world.device.type == "cpu" else world.dtype
     cfg = replace(cfg, compile=cfg.compile and runtime.can_compile(world))
-    # the plain one comes first: ours changes what torch.compile keeps for the backward pass
-    steppers = [Stepper(PlainGPT(cfg), replace(cfg, optimizer="adamw"), device, plain_dtype),
-                Stepper(GPT(GPTConfig.of(cfg)), cfg, device, dtype)]
+    fit, _ = planned(cfg, world)
+    cfg = replace(cfg, batch_size=fit.batch_size)
+    steppers = [Stepper(plain(cfg), replace(cfg, optimizer="adamw"),
+                        replace(world, dtype=plain_dtype)),
+                Stepper(ours(cfg, world, fit), cfg, world)]
     speeds = [[stepper.step() for stepper in steppers] for _ in range(ROUNDS)]
-    print(f"{runtime.device_name(device)}, torch {torch.__version__}, compile = {cfg.compile}: "
-          f"{cfg.n_layer} x {cfg.n_head} x {cfg.n_embd}, micro-batches of {cfg.batch_size} x "
-          f"{cfg.block_size}, {ROUNDS} rounds")
+    print(f"{runtime.device_name(world.device)}, torch {torch.__version__}, compile = "
+          f"{cfg.compile}: {cfg.n_layer} x {cfg.n_head} x {cfg.n_embd}, micro-batches of "
+          f"{cfg.batch_size} x {cfg.block_size}, {ROUNDS} rounds")
     for i, name in enumerate(("plain", "ours")):
         rates = sorted(pair[i] for pair in speeds)
         peak = "-"
@@ -119,7 +152,7 @@ def main(cfg):
             peak = f"{steppers[i].peak / 2**30:.2f} GiB"
         print(f"{name:6} {statistics.median(rates):,.0f} tokens/s ({rates[0]:,.0f} to "
               f"{rates[-1]:,.0f}), peak memory {peak}")
-    ratios = sorted(ours / plain for plain, ours in speeds)
+    ratios = sorted(of_ours / of_plain for of_plain, of_ours in speeds)
     print(f"ratio  {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 

@@ -1,0 +1,20 @@
+"""Do the tools of dev/ run? What they measure needs a GPU."""
+import json
+
+from conftest import PROJECT, script
+
+
+def test_the_check_for_gpus_runs_on_any_computer(work):
+    done = script("dev/gpu_check.py", "--toy=True", "--out=rows.jsonl", cwd=work)
+    assert "BROKEN" not in done.stdout and "a graph changes no token" in done.stdout
+    rows = [json.loads(line) for line in open("rows.jsonl", encoding="utf-8")]
+    speeds = [row["tokens_per_s"] for row in rows if row.get("config") == "mission"]
+    assert len(speeds) == 6 and min(speeds) > 0
+    assert "planned_gib" in rows[0] and rows[-1]["sampling"] == "mission"
+
+
+def test_the_bench_compares_with_a_plain_gpt2(work):
+    done = script("dev/bench.py", PROJECT / "config" / "cpu_speedrun.py", "--n_layer=1",
+                  "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=256",
+                  "--compile=False", cwd=work)
+    assert "plain " in done.stdout and "ours " in done.stdout and "ratio " in done.stdout
