@@ -6,11 +6,11 @@ from config.modern import *
 
 out_dir = 'out-fineweb-64m'
 eval_interval = 1000                    # steps: every 131 M tokens
-eval_iters = 150                        # 150 x 16 windows = 2.46 M tokens of val
+eval_iters = 200                        # 200 x 12 windows = 2.46 M tokens of val, always the same
 log_interval = 10                       # steps
 
 dataset = 'fineweb'
-batch_size = 16                         # windows in a micro-batch; 0 takes what fits
+batch_size = 0                          # as many windows in a micro-batch as the card has room for
 tokens_per_step = 131072
 block_size = 1024
 

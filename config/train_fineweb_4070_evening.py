@@ -6,11 +6,11 @@ from config.modern import *
 
 out_dir = 'out-fineweb-evening'
 eval_interval = 500                     # steps: every 66 M tokens
-eval_iters = 150                        # 150 x 16 windows = 2.46 M tokens of val, always the same
+eval_iters = 200                        # 200 x 12 windows = 2.46 M tokens of val, always the same
 log_interval = 10                       # steps
 
 dataset = 'fineweb'
-batch_size = 16                         # windows in a micro-batch; 0 takes what fits
+batch_size = 0                          # as many windows in a micro-batch as the card has room for
 tokens_per_step = 131072                # little text is better read in many small steps
 block_size = 1024
 

@@ -8,11 +8,11 @@ from config.modern import *
 
 out_dir = 'out-fineweb-week'
 eval_interval = 1000                    # steps: every 262 M tokens, a third of an epoch
-eval_iters = 600                        # 600 x 4 windows = 2.46 M tokens of val
+eval_iters = 200                        # 200 x 12 windows = 2.46 M tokens of val, always the same
 log_interval = 10                       # steps
 
 dataset = 'fineweb'
-batch_size = 4                          # windows in a micro-batch; 8 would fill a card of 12 GB
+batch_size = 0                          # as many windows in a micro-batch as the card has room for
 tokens_per_step = 262144
 block_size = 1024
 
