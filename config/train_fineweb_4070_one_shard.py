@@ -1,7 +1,7 @@
 # The usual recipe for one RTX 4070 (12 GB) and one FineWeb file, value by value.
 #     python train.py config/train_fineweb_4070_one_shard.py
 # It is not what it promises: 64 M parameters (not 110 M), about 0.7 G tokens in the file (not
-# 6.5 G), about 175 epochs (not 15), 15 to 17 days (not 5). train.py prints the true numbers before
+# 6.5 G), about 175 epochs (not 15), 14 to 17 days (not 5). train.py prints the true numbers before
 # the first step. train_fineweb_4070_overnight.py gets further in one night.
 
 out_dir = 'out-fineweb-110M-one-shard'  # the recipe's name; the model has 64 M parameters

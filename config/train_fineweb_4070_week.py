@@ -1,4 +1,4 @@
-# The best that one FineWeb file and one RTX 4070 can give, in four to six days.
+# The best that one FineWeb file and one RTX 4070 can give, in about four days.
 #     python train.py config/train_fineweb_4070_week.py
 # Val loss predicted, not measured: 3.10 to 3.18. The fourth reading of a text is worth nearly as
 # much as the first, and after the sixteenth another one adds next to nothing (Muennighoff et al.

@@ -4,7 +4,8 @@
     python dev/bench.py config/train_fineweb_4070_overnight.py
 
 Ours is train.py's. The plain one is nanoGPT's: torch's attention, all logits at once, AdamW; in
-fp32 on a CPU. Prints tokens a second of both, their ratio, and on a GPU their peaks of memory.
+fp32 on a CPU. Prints tokens a second of both, their ratio, and on a GPU their peaks of memory. The
+last line is a row for the table of measured cards in dev/cards.md.
 """
 import statistics
 import sys
@@ -132,6 +133,19 @@ def planned(cfg, world):
     return fit, memory.needed(cfg, size, machine, fit)
 
 
+def row_of(cfg, world, rate):
+    """A row for the table of dev/cards.md."""
+    with torch.device("meta"):
+        flops = rate * GPT(GPTConfig.of(cfg)).flops_per_token()
+    machine, share = cards.machine_of(world.device, world.dtype), "-"
+    if machine.peak_flops:
+        share = f"{flops / machine.peak_flops:.1%}"
+    return (f"| {machine.name} | onecard {cfg.n_layer} x {cfg.n_head} x {cfg.n_embd}, "
+            f"{cfg.optimizer} | {cfg.batch_size} x {cfg.block_size} | {rate:,.0f} | "
+            f"{flops / 1e12:.1f} | {share} | dev/bench.py, torch {torch.__version__}, "
+            f"{time.strftime('%Y-%m')} |")
+
+
 def main(cfg):
     world = runtime.start(cfg.device, cfg.dtype)
     plain_dtype = torch.float32 if world.device.type == "cpu" else world.dtype
@@ -154,6 +168,7 @@ def main(cfg):
               f"{rates[-1]:,.0f}), peak memory {peak}")
     ratios = sorted(of_ours / of_plain for of_plain, of_ours in speeds)
     print(f"ratio  {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(row_of(cfg, world, statistics.median(of_ours for _, of_ours in speeds)))
 
 
 if __name__ == "__main__":

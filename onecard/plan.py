@@ -65,7 +65,14 @@ class Plan:
         at_peak = machine.count * machine.peak_flops / self.size.flops_per_token
         if not self.cfg.compile:
             at_peak *= EAGER_SPEED
-        return at_peak * machine.card.seen[0], at_peak * machine.card.seen[1]
+        lowest, highest, _ = self.usual_share
+        return at_peak * lowest, at_peak * highest
+
+    @property
+    def usual_share(self):
+        """(lowest, highest share of the peak, where they come from) in public logs."""
+        tokens = self.fit.batch_size * self.cfg.block_size
+        return cards.usual_share(self.machine.card, self.cfg.n_embd, tokens)
 
     @property
     def peak_memory(self):
@@ -202,6 +209,12 @@ def memory_lines(plan):
     if plan.peak_memory <= room:
         margin = f"{gib(room - plan.peak_memory)} to spare"
     lines = [f"memory     needs {gib(plan.peak_memory)}, {gib(room)} are free for it: {margin}"]
+    if plan.cfg.device_name:
+        left = [room - n * GIB for n in cards.SCREEN_GIB]
+        lines.append(f"           with a screen on this card, {gib(left[1])} to {gib(left[0])} are "
+                     "free")
+    if plan.machine.held > GIB / 2:
+        lines.append(f"           other programs hold {gib(plan.machine.held)} of this card")
     if plan.cfg.compile:
         recompute = "yes (smaller, 2 % slower)" if plan.fit.recompute else "no"
         lines.append(f"           recompute: {recompute}; logits of {plan.fit.chunk:,} tokens at a "
@@ -223,9 +236,10 @@ def time_lines(plan):
         return [f"time       {line}, at {fast:,.0f} tokens/s as measured in this run"]
     peak = plan.machine.count * plan.machine.peak_flops
     lowest, highest = slow * flops_per_token / peak, fast * flops_per_token / peak
+    source = plan.usual_share[2]
     return [f"time       predicted {line}",
             f"           {slow:,.0f} to {fast:,.0f} tokens/s: {lowest:.0%} to {highest:.0%} of "
-            f"{number(peak / 1e12)} TFLOP/s, as seen in public logs"]
+            f"{number(peak / 1e12)} TFLOP/s, {source}"]
 
 
 def batch_settings(cfg, batch):

@@ -4,17 +4,21 @@ A report never ends a run: what cannot be printed is dropped, and what cannot be
 """
 import json
 import math
+import statistics
 import time
-from dataclasses import asdict
+from collections import deque
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from onecard import figure, resume, runtime
+from onecard import figure, plan, resume, runtime
 from onecard.files import write_text
 from onecard.settings import UserError, import_package
 
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
+STEPS_TO_MEASURE = 20                   # after the first one, which compiles
 
 
 def read_log(path):
@@ -60,6 +64,8 @@ class RunLog:
         self.first_step, self.hours_before = progress.step, progress.hours
         self.started = time.monotonic()
         self.seconds, self.n_timed = 0.0, 0     # of steps since the last line of log.jsonl
+        self.recent = deque(maxlen=200)     # seconds of the last steps
+        self.slow_seconds, self.said_slow = 0.0, False
         self.drawn = self.started           # when the last loss.png was drawn
         self.is_open, self.is_behind = False, False
         self.kept, self.unwritten = None, b""   # lines of log.jsonl that are not on the disk
@@ -153,8 +159,12 @@ class RunLog:
         """Report a step that took so many seconds."""
         if step > self.first_step + 1:      # the first step compiles: its time says nothing
             self.seconds, self.n_timed = self.seconds + seconds, self.n_timed + 1
+            self.recent.append(seconds)
         if not self.is_open:
             return
+        self.warn_of_slow_steps(seconds)
+        if step == self.first_step + 1 + STEPS_TO_MEASURE:
+            self.compare_with_plan(step)
         tokens_per_step = self.cfg.windows_per_step * self.cfg.block_size
         tokens, rate, mfu = step * tokens_per_step, None, None
         epoch = tokens / self.tokens_per_epoch
@@ -177,6 +187,35 @@ class RunLog:
             line = ", ".join(f"{name} {number}" for name, number in numbers.items())
             print(f"step {step:,}/{self.cfg.max_iters:,}: {line}, {self.time_left(step)} left")
         self.seconds, self.n_timed = 0.0, 0
+
+    def compare_with_plan(self, step):
+        """Log the measured speed; say it once if the plan's range is off by over a tenth."""
+        seconds = statistics.median(self.recent)
+        measured = self.plan.tokens_per_step / seconds
+        run_plan = replace(self.plan, steps_before=step, measured=measured)
+        predicted = self.plan.speeds or (None, None)
+        self.write(step=step, event="measured", measured_tokens_per_s=measured,
+                   predicted_tokens_per_s=predicted)
+        if None in predicted or not 0.9 * predicted[0] < measured < 1.1 * predicted[1]:
+            _, total = plan.seconds(run_plan, measured)
+            end = time.strftime("%A %d %B, %H:%M", time.localtime(time.time() + total))
+            self.world.print(f"measured   {measured:,.0f} tokens/s: "
+                             f"{plan.period(total, total)} from here, until {end}")
+
+    def warn_of_slow_steps(self, seconds):
+        """Say it once if steps take twice as long as usual for a minute."""
+        self.slow_seconds += seconds
+        if not self.recent or seconds < 2 * statistics.median(self.recent):
+            self.slow_seconds = 0.0
+        if self.slow_seconds > 60 and not self.said_slow:
+            self.said_slow = True
+            device, held = self.world.device, ""
+            if device.type == "cuda":
+                held = (f" This run holds {plan.gib(torch.cuda.memory_reserved(device))} of the "
+                        f"card, and {plan.gib(runtime.free_bytes(device))} are free: if that is "
+                        "little, close other programs, or resume with --batch_size=0.")
+            self.world.print(f"warning    steps take over twice as long as before.{held} A hot "
+                             "card or another program can be the cause, too")
 
     def share_of_peak(self, rate):
         """The share of its dense peak that the machine reaches, or None if that is not known."""

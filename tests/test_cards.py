@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+from model import GPT, GPTConfig
 from onecard import cards
 from onecard.cards import CARDS, machine_named
 from onecard.settings import UserError
@@ -36,6 +37,32 @@ def test_a_device_has_the_peak_of_its_own_card_or_none(name, tflops):
     ("rtx 5070", 48, 2512), ("rtx 5090", 170, 2407)])
 def test_the_rates_of_the_cards_are_512_flop_for_each_sm_and_clock(name, sms, mhz):
     assert CARDS[name].tflops == pytest.approx(sms * mhz * 512 / 1e6, rel=0.01)
+
+
+# tokens a second in public logs of compiled models without attention masks (dev/cards.md)
+@pytest.mark.parametrize("name, n_layer, n_head, n_embd, tokens, rate", [
+    ("rtx 4070", 12, 12, 384, 16384, 136_580), ("rtx 4070", 12, 12, 768, 8192, 56_100),
+    ("rtx 4090", 12, 12, 768, 12288, 106_000), ("rtx 4090", 12, 12, 768, 12288, 126_000),
+    ("rtx 3090 ti", 12, 12, 768, 12288, 69_200)])
+def test_what_the_logs_show_lies_in_the_range(name, n_layer, n_head, n_embd, tokens, rate):
+    with torch.device("meta"):
+        network = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False))
+    share = rate * network.flops_per_token() / CARDS[name].tflops / 1e12
+    lowest, highest, source = cards.usual_share(CARDS[name], n_embd, tokens)
+    assert lowest < share < highest and "by logs of this card at" in source
+
+
+def test_a_range_is_wider_where_less_is_known():
+    def width(name, n_embd=768, tokens=16384):
+        lowest, highest, source = cards.usual_share(CARDS[name], n_embd, tokens)
+        return highest / lowest, source
+
+    of_its_own, of_a_like_one, of_none = width("rtx 4070"), width("rtx 4060"), width("h200")
+    assert of_its_own[0] < of_a_like_one[0] < of_none[0]
+    assert [source for _, source in (of_its_own, of_a_like_one, of_none)] == [
+        "by logs of this card at 384 and 768 wide", "by logs of cards with as many bytes a FLOP",
+        "a wide guess: there are no logs of such cards"]
+    assert width("rtx 4070", n_embd=128) > width("rtx 4070") < width("rtx 4070", tokens=2048)
 
 
 def test_this_machine_has_room_and_no_more_than_its_memory():

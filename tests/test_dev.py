@@ -18,3 +18,11 @@ def test_the_bench_compares_with_a_plain_gpt2(work):
                   "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=256",
                   "--compile=False", cwd=work)
     assert "plain " in done.stdout and "ours " in done.stdout and "ratio " in done.stdout
+    columns = (PROJECT / "dev" / "cards.md").read_text(encoding="utf-8").split("|---|")[0]
+    assert done.stdout.splitlines()[-1].count("|") == columns.splitlines()[-1].count("|") == 8
+
+
+def test_the_table_of_recipes_and_cards_is_todays(work):
+    table = script("dev/plans.py", cwd=work).stdout
+    assert table.count("\n") > 20
+    assert table in (PROJECT / "dev" / "cards.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,11 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import PROJECT, run
-from onecard.runlog import read_log
+from onecard.resume import Progress
+from onecard.runlog import RunLog, read_log
+from onecard.runtime import World
 from onecard.settings import UserError
 from tiny_run import arguments, run_steps, run_tiny, saved, start, wait_for
+from train import TrainConfig
 
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
@@ -34,7 +39,7 @@ def shell(command, **settings):
 def test_a_run_goes_on_when_nothing_can_be_printed(tiny, command):
     done = shell(command, max_iters=30, lr_decay_iters=30, eval_interval=5)
     assert done.returncode == 0 and saved()["iter_num"] == 30
-    assert len(read_log("out/log.jsonl")) == 1 + 30 + 7
+    assert len(read_log("out/log.jsonl")) == 2 + 30 + 7     # and where it began, and its speed
 
 
 def test_ctrl_c_saves_although_it_ends_the_reader_of_the_pipe_too(tiny):
@@ -114,6 +119,26 @@ def test_a_line_that_is_not_ours_is_skipped(tiny):
     run_tiny(init_from="resume")
     steps = [entry["step"] for entry in read_log("out/log.jsonl") if "train_loss" in entry]
     assert steps == list(range(1, 13))
+
+
+def test_after_20_steps_the_measured_speed_is_said_and_logged(tiny, capsys):
+    run_tiny(max_iters=30, lr_decay_iters=30)
+    said, = re.findall(r"measured   ([\d,]+) tokens/s: .* from here, until \w+ \d+ \w+, \d+:\d+\n",
+                       capsys.readouterr().out)
+    entry, = [e for e in read_log("out/log.jsonl") if e.get("event") == "measured"]
+    assert entry["step"] == 21 and entry["predicted_tokens_per_s"] == [None, None]      # a CPU
+    assert f"{entry['measured_tokens_per_s']:,.0f}" == said
+
+
+def test_a_minute_of_slow_steps_is_said_once(capsys):
+    log = RunLog(TrainConfig(), World(torch.device("cpu")), Progress(), None)
+    log.recent.extend(100 * [1.0])
+    for seconds in [1.5] * 100 + [3.0] * 20 + [1.0] + [3.0] * 20:       # never a whole minute
+        log.warn_of_slow_steps(seconds)
+    assert not capsys.readouterr().out
+    for _ in range(100):
+        log.warn_of_slow_steps(3.0)
+    assert capsys.readouterr().out.count("steps take over twice as long as before") == 1
 
 
 def test_what_is_not_finite_is_null_in_the_log(tiny):

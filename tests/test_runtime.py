@@ -79,6 +79,19 @@ def test_the_allocator_grows_its_segments_on_native_linux_only(monkeypatch, rele
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
 
 
+@pytest.mark.parametrize("release, limits", [
+    ("6.1.0-generic", []), ("5.15-microsoft-standard-WSL2", [(0.75, None)])])
+def test_on_windows_and_wsl_a_full_card_is_an_error_and_not_a_crawl(monkeypatch, release, limits):
+    called = []
+    monkeypatch.setattr(runtime.Path, "read_text", lambda self, **_: release)
+    monkeypatch.setattr(runtime.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction",
+                        lambda *args: called.append(args))
+    runtime.forbid_spilling(torch.device("cuda"))
+    assert called == limits
+
+
 @pytest.mark.parametrize("name, is_ours", [("plain-1.0", True), ("it's mine", False)])
 def test_compiled_code_is_kept_in_the_project_where_its_path_suits_a_compiler(work, name, is_ours):
     shutil.copytree(PROJECT / "onecard", work / name / "onecard")
