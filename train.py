@@ -37,6 +37,7 @@ class TrainConfig(GPTConfig):
     always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
     max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
+    hours: float = 0.0                  # fit max_iters to these hours, measured; 0 = as it is set
     # scratch: a new model. resume: go on with the run in out_dir. FILE.pt: go on from this file.
     # gpt2, or a folder of a run or of transformers: take its weights and begin at step 0
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
@@ -98,7 +99,7 @@ class TrainConfig(GPTConfig):
         in_range(0, 10**9, self, "max_iters", "warmup_iters", "momentum_warmup")
         in_range(0, 2**16, self, "batch_size")
         in_range(0, 2**62, self, "tokens_per_step", "n_tokens", "seed")
-        in_range(0, 10**6, self, "grad_clip", "max_hours", "save_minutes")
+        in_range(0, 10**6, self, "grad_clip", "max_hours", "hours", "save_minutes")
         in_range(1e-12, 10, self, "learning_rate")
         in_range(0, 10, self, "min_lr", "embedding_lr", "head_lr", "scalar_lr",
                  "weight_decay", "embedding_weight_decay", "head_weight_decay")
@@ -254,6 +255,19 @@ def with_less_memory(compute, batches, *args):
                             "which changes no result")
 
 
+def fit_to_hours(cfg, log, progress, world):
+    """`cfg` with as many steps as fit into its hours, at the speed that was measured."""
+    run_plan = log.measured_plan()
+    seconds_left = 3600 * (cfg.hours - log.hours())
+    steps = plan.steps_in(run_plan, seconds_left, run_plan.measured)
+    cfg = plan.with_steps(cfg, world.gather(steps)[0], progress.step)
+    progress.fitted_hours = cfg.hours
+    log.follow(replace(run_plan, cfg=cfg))
+    world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
+                f"again:\n{plan.text(log.plan)}")
+    return cfg
+
+
 def update(optimizer, scaler):
     """Change the weights, by the gradients that were unscaled before."""
     try:
@@ -277,6 +291,8 @@ def main(cfg):
     saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
+    if saved:
+        cfg = resume.with_fitted_steps(cfg, saved, world)
     network = network_of(cfg, saved)
     cfg, run_plan = make_plan(cfg, network, saved, world)
     if cfg.dry_run:
@@ -362,6 +378,8 @@ def main(cfg):
         update(optimizer, scaler)
         progress.step += 1
         log.step(progress.step, loss, lr, grad_norm, time.monotonic() - started)
+        if log.just_measured and cfg.hours not in (0, progress.fitted_hours):
+            cfg = fit_to_hours(cfg, log, progress, world)
 
     batches.close()
     log.close()

@@ -8,7 +8,7 @@ nobody can know yet is printed as "-".
 """
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onecard import cards, memory
@@ -17,6 +17,7 @@ GIB = 2**30
 R_STAR = 15.387756                      # epochs in which the worth of a repetition falls to 1/e
 TOKENS_PER_PARAMETER = 20               # compute-optimal (Hoffmann et al. 2022)
 EAGER_SPEED = 1 / 1.5                   # of a compiled step (RTX 3060 and 4090: 1 / 1.49)
+SHARE_OF_STEPS = 0.98                   # of a run's time; the rest is for saving and pictures
 
 
 @dataclass(frozen=True)
@@ -113,18 +114,44 @@ def tokens_worth(effective, unique):
 
 def seconds(plan, speed):
     """Seconds of a step, and of all that is left, at `speed` tokens a second."""
-    cfg, data = plan.cfg, plan.data
+    cfg = plan.cfg
     step = plan.tokens_per_step / speed
     n_evaluations = cfg.max_iters // cfg.eval_interval - plan.steps_before // cfg.eval_interval
     if plan.steps and cfg.max_iters % cfg.eval_interval:
         n_evaluations += 1              # at the last step
     if plan.steps_before == 0:
         n_evaluations += 1              # before the first one
-    tokens = plan.val_windows * cfg.block_size
-    if data:
-        tokens = min(tokens, data.val)
-    evaluation = tokens / speed / 3     # forward is a third of a step
-    return step, plan.steps * step + n_evaluations * evaluation
+    return step, plan.steps * step + n_evaluations * evaluation_seconds(plan, speed)
+
+
+def evaluation_seconds(plan, speed):
+    """Seconds of an evaluation: forward is a third of a step."""
+    tokens = plan.val_windows * plan.cfg.block_size
+    if plan.data:
+        tokens = min(tokens, plan.data.val)
+    return tokens / speed / 3
+
+
+def steps_in(plan, seconds_left, speed):
+    """How many steps the run has in all if it ends in `seconds_left`, evaluations included."""
+    evaluation = evaluation_seconds(plan, speed)
+    of_each_step = plan.tokens_per_step / speed + evaluation / plan.cfg.eval_interval
+    seconds_left = SHARE_OF_STEPS * seconds_left - evaluation       # the last one
+    return plan.steps_before + max(int(seconds_left / of_each_step), 0)
+
+
+def with_steps(cfg, steps, step):
+    """`cfg` with a schedule that ends after `steps`, or as soon as it can if that is too early.
+
+    `step` steps are done already: the learning rate must not have begun to fall.
+    """
+    least = max(step, cfg.warmup_iters) + 1
+    if cfg.lr_schedule == "wsd" and cfg.cooldown < 1:
+        least = math.ceil(least / (1 - cfg.cooldown)) + 1
+    steps = max(steps, least)
+    if cfg.lr_schedule == "cosine":
+        return replace(cfg, max_iters=steps, lr_decay_iters=steps)
+    return replace(cfg, max_iters=steps)
 
 
 def disk(plan):
@@ -239,7 +266,15 @@ def time_lines(plan):
     source = plan.usual_share[2]
     return [f"time       predicted {line}",
             f"           {slow:,.0f} to {fast:,.0f} tokens/s: {lowest:.0%} to {highest:.0%} of "
-            f"{number(peak / 1e12)} TFLOP/s, {source}"]
+            f"{number(peak / 1e12)} TFLOP/s, {source}", *hours_lines(plan)]
+
+
+def hours_lines(plan):
+    if plan.cfg.hours == 0:
+        return []
+    fewest, most = (steps_in(plan, 3600 * plan.cfg.hours, speed) for speed in plan.speeds)
+    return [f"hours      {plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps; after the "
+            "first 20, max_iters is set to what fits"]
 
 
 def batch_settings(cfg, batch):

@@ -1,7 +1,7 @@
 """How does a run start from a checkpoint, and go on exactly where it was?"""
 import gc
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +26,7 @@ class Progress:
     hours: float = 0.0
     waits: bool = False                 # until its first save, as files of a run are in its folder
     wandb_id: str = ""
+    fitted_hours: float = 0.0           # the setting `hours` to which max_iters was fitted
 
 
 @dataclass
@@ -119,6 +120,18 @@ def val_windows(cfg, saved):
     return cfg.eval_iters * (cfg.batch_size or USUAL_BATCH)
 
 
+def with_fitted_steps(cfg, saved, world):
+    """A run that was fitted to its hours, and is resumed, keeps its number of steps."""
+    fitted = saved.get("fitted_hours", 0) if cfg.init_from == "resume" else 0
+    if not fitted or cfg.hours not in (0, fitted):
+        return cfg
+    steps = saved["config"]["max_iters"]
+    world.print(f"hours      this run was fitted to {fitted:g} hours: it ends after {steps:,} "
+                "steps")
+    return replace(cfg, hours=fitted, max_iters=steps,
+                   lr_decay_iters=saved["config"]["lr_decay_iters"])
+
+
 def check_same_run(state, parts, cfg):
     """Raise UserError if a checkpoint cannot go on with these settings on this data."""
     saved = parts.get("config", {})     # the settings that the run was started with
@@ -181,7 +194,8 @@ def save(state, cfg, world, is_best, is_stable):
         **state.fixed, "model": model.state_dict(), "model_args": model.config.model_args(),
         "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
         "iter_num": progress.step, "best_val_loss": best_val_loss, "hours": progress.hours,
-        "wandb_id": progress.wandb_id, "rng": rng, "config": asdict(cfg),
+        "wandb_id": progress.wandb_id, "fitted_hours": progress.fitted_hours, "rng": rng,
+        "config": asdict(cfg),
         "versions": runtime.versions()}
     if world.is_main:
         try:
@@ -233,3 +247,4 @@ def restore(state, parts, cfg, world):
         # best.pt may be of a later step than `parts`, and stays until a better one comes
         progress.best_val_loss = checkpoint.best_loss(cfg.out_dir)
         progress.wandb_id = parts.get("wandb_id", "")
+        progress.fitted_hours = parts.get("fitted_hours", 0.0)

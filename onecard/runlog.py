@@ -163,7 +163,7 @@ class RunLog:
         if not self.is_open:
             return
         self.warn_of_slow_steps(seconds)
-        if step == self.first_step + 1 + STEPS_TO_MEASURE:
+        if self.just_measured:
             self.compare_with_plan(step)
         tokens_per_step = self.cfg.windows_per_step * self.cfg.block_size
         tokens, rate, mfu = step * tokens_per_step, None, None
@@ -188,11 +188,28 @@ class RunLog:
             print(f"step {step:,}/{self.cfg.max_iters:,}: {line}, {self.time_left(step)} left")
         self.seconds, self.n_timed = 0.0, 0
 
+    @property
+    def just_measured(self):
+        """Whether the last step was the one after which the speed is known."""
+        return len(self.recent) == STEPS_TO_MEASURE
+
+    def measured_plan(self):
+        """The plan of what is left, at the speed of the last steps."""
+        measured = self.plan.tokens_per_step / statistics.median(self.recent)
+        return replace(self.plan, steps_before=self.progress.step, measured=measured)
+
+    def follow(self, run_plan):
+        """Report by another plan from now on."""
+        self.plan, self.cfg = run_plan, run_plan.cfg
+        if self.bar:
+            self.bar.total = self.cfg.max_iters
+        if self.is_open:
+            self.write(step=self.progress.step, event="hours", max_iters=self.cfg.max_iters)
+
     def compare_with_plan(self, step):
         """Log the measured speed; say it once if the plan's range is off by over a tenth."""
-        seconds = statistics.median(self.recent)
-        measured = self.plan.tokens_per_step / seconds
-        run_plan = replace(self.plan, steps_before=step, measured=measured)
+        run_plan = self.measured_plan()
+        measured = run_plan.measured
         predicted = self.plan.speeds or (None, None)
         self.write(step=step, event="measured", measured_tokens_per_s=measured,
                    predicted_tokens_per_s=predicted)

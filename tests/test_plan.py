@@ -270,6 +270,15 @@ def test_time_is_flops_over_a_share_of_the_peak():
         plan_of(cfg, CARD))
 
 
+def test_a_plan_for_some_hours_says_how_many_steps_they_are():
+    planned = plan_of(small(hours=2.0), CARD)
+    fewest, most = re.search(r"2 hours are ([\d,]+) to ([\d,]+) steps", plan.text(planned)).groups()
+    for steps, speed in zip((fewest, most), planned.speeds, strict=True):
+        steps = int(steps.replace(",", ""))
+        as_long = replace(planned, cfg=replace(planned.cfg, max_iters=steps))
+        assert plan.seconds(as_long, speed)[1] == pytest.approx(0.98 * 7200, rel=0.01)
+
+
 @pytest.mark.parametrize("before, evaluations", [(0, 5), (1, 4), (60, 2), (61, 2), (100, 0)])
 def test_a_resumed_run_plans_what_is_left_at_the_speed_it_had(before, evaluations):
     resumed = plan_of(small(), CARD, steps_before=before, measured=1536.0)

@@ -3,6 +3,7 @@ import fcntl
 import math
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -155,6 +156,28 @@ def test_the_recipes_train(tiny, name):
     entries = log(cfg.out_dir)
     assert entries[150, "val_loss"] < entries[0, "val_loss"] - 0.8
     assert saved("stable.pt", cfg.out_dir)["iter_num"] == optim.cooldown_start(cfg)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(lr_decay_iters=10**6), dict(lr_schedule="wsd", cooldown=0.5)], ids=["cosine", "wsd"])
+def test_a_run_is_fitted_to_its_hours_and_a_resumed_one_ends_at_the_same_step(
+        tiny, capsys, settings):
+    hours = dict(hours=0.002, max_iters=10**6, eval_interval=200, **settings)      # 7.2 s
+    run_tiny(max_hours=0.001, **hours)
+    fitted, = re.findall(r"hours      ([\d,]+) steps fit into 0.002 hours", capsys.readouterr().out)
+    fitted = int(fitted.replace(",", ""))
+    assert 22 < saved()["iter_num"] < fitted == saved()["config"]["max_iters"]
+    run_tiny(init_from="resume", **hours)
+    assert saved()["iter_num"] == fitted and 0.001 < saved()["hours"] < 0.004
+    assert f"fitted to 0.002 hours: it ends after {fitted:,} steps" in capsys.readouterr().out
+    rates = [rate for (step, name), rate in log().items() if name == "lr" and step > fitted - 5]
+    assert rates and max(rates) < 1.2e-3                # min_lr is 1e-3, the highest was 1e-2
+
+
+def test_hours_that_are_too_few_take_the_shortest_schedule(tiny):
+    run_tiny(hours=1e-6, max_iters=10**6, warmup_iters=30, lr_schedule="wsd", cooldown=0.5)
+    assert saved()["iter_num"] == 63 and optim.cooldown_start(
+        TrainConfig(**saved()["config"])) >= 30
 
 
 # several processes, other data
