@@ -155,7 +155,7 @@ def make_plan(cfg, network, saved, world):
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
     machine = replace(machine, room=min(world.gather(machine.room)))    # of the fullest GPU
-    fit = memory.choose(cfg, size, machine)
+    fit = memory.choose(cfg, size, machine, resume.saved_fit(cfg, saved))
     cfg = replace(cfg, batch_size=fit.batch_size)
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
@@ -284,8 +284,8 @@ def update(optimizer, scaler):
 def main(cfg):
     # where does it run: ranks of torchrun, device, dtype
     world = runtime.start(cfg.device, cfg.dtype, cfg.backend)
-    if cfg.compile and not cfg.dry_run:
-        cfg = replace(cfg, compile=runtime.can_compile(world))
+    if cfg.compile and not cfg.dry_run and not runtime.can_compile(world):
+        cfg = replace(cfg, compile=False, recompute="auto")
 
     # what will it cost? --dry_run ends here: it needs no data and writes nothing
     saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model

@@ -149,7 +149,8 @@ def row_of(cfg, world, rate):
 def main(cfg):
     world = runtime.start(cfg.device, cfg.dtype)
     plain_dtype = torch.float32 if world.device.type == "cpu" else world.dtype
-    cfg = replace(cfg, compile=cfg.compile and runtime.can_compile(world))
+    if cfg.compile and not runtime.can_compile(world):
+        cfg = replace(cfg, compile=False, recompute="auto")
     fit, _ = planned(cfg, world)
     cfg = replace(cfg, batch_size=fit.batch_size)
     steppers = [Stepper(plain(cfg), replace(cfg, optimizer="adamw"),

@@ -8,7 +8,7 @@ bytes, which is 2 in bf16 and fp16. `c` is the GPTConfig of the network, `size` 
 `machine` a cards.Machine.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
@@ -29,8 +29,12 @@ class Fit:
     recompute: bool                     # compute cheap activations again in backward
 
 
-def choose(cfg, size, machine):
-    """The smallest Fit that is at most 0.5 % slower than the fastest with room."""
+def choose(cfg, size, machine, saved=None):
+    """The smallest Fit that is at most 0.5 % slower than the fastest with room.
+
+    A resumed run keeps the one that it had (`saved`, a dict) if there is room for it: another one
+    rounds otherwise.
+    """
     batch_sizes = [cfg.batch_size]
     if cfg.batch_size == 0:
         limit = MAX_TOKENS[machine.kind] // cfg.block_size
@@ -38,6 +42,9 @@ def choose(cfg, size, machine):
     fits = [fit for B in batch_sizes for fit in fits_of(cfg, B)]
     memory = {fit: needed(cfg, size, machine, fit) for fit in fits}
     traffics = {fit: traffic(cfg, size, fit) for fit in fits if memory[fit] <= machine.room}
+    for fit in traffics:
+        if asdict(fit) == saved:
+            return fit
     if traffics:
         limit = min(traffics.values()) + 0.005 * BYTES_PER_FLOP * size.flops_per_token
         fits = [fit for fit in traffics if traffics[fit] <= limit]
@@ -53,7 +60,7 @@ def largest_batch(cfg, size, machine):
 
 def divisors(cfg, machine):
     """The micro-batches, in windows, that divide a step."""
-    windows = cfg.windows_per_step // machine.count
+    windows = max(cfg.windows_per_step // machine.count, 1)
     return [B for B in range(1, min(windows, MAX_WINDOWS) + 1) if windows % B == 0]
 
 

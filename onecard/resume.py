@@ -36,7 +36,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    fixed: dict                         # what never changes in a run, see fixed_parts()
+    fixed: dict                         # what does not change, see fixed_parts()
 
 
 def goes_on(cfg):
@@ -107,10 +107,18 @@ def check_tokenizer(cfg, saved, vocabulary, world):
 
 
 def fixed_parts(run_plan, train_data, val_data, vocabulary):
-    """What never changes in a run; a checkpoint keeps it."""
+    """What does not change while a run trains; a checkpoint keeps it."""
     return {"dataset": train_data.fingerprint, "val_dataset": val_data.fingerprint,
             "tokenizer": vocabulary.identity, "seed": run_plan.cfg.seed,
-            "tokens_per_step": run_plan.tokens_per_step, "val_windows": run_plan.val_windows}
+            "tokens_per_step": run_plan.tokens_per_step, "val_windows": run_plan.val_windows,
+            "fit": asdict(run_plan.fit)}
+
+
+def saved_fit(cfg, saved):
+    """How the run computed its micro-batches before, a dict, or None."""
+    if goes_on(cfg):
+        return saved.get("fit")
+    return None
 
 
 def val_windows(cfg, saved):
@@ -145,7 +153,7 @@ def check_same_run(state, parts, cfg):
     refuse(differences(theirs, ours), "Give the settings of that run, or another --out_dir")
     if cfg.force:
         return
-    ours = {name: value for name, value in state.fixed.items() if name != "tokenizer"}
+    ours = {name: value for name, value in state.fixed.items() if name not in ("tokenizer", "fit")}
     refuse(differences(parts, ours), "--force goes on all the same")
     check_rate(parts["iter_num"], saved, cfg)
 

@@ -174,6 +174,8 @@ def pick_device(name="auto"):
         raise UserError(f"device = {name!r}: torch {torch.__version__} sees no such device here. "
                         "--device=auto takes what there is; for an NVIDIA card "
                         "install torch's CUDA build (pytorch.org/get-started)")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)       # a graph and a count of memory are of the current one
     return device
 
 

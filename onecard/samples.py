@@ -13,6 +13,7 @@ from onecard.settings import UserError, import_package
 
 REPOSITORY = "HuggingFaceFW/fineweb"
 FILE = "data/CC-MAIN-2013-20/000_00000.parquet"         # 2 GB
+SHORTEST = 200                          # letters of a docstring or topic in the sample
 NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 
 
@@ -41,17 +42,27 @@ def write_sample(path):
 
 
 def documentation():
-    """Yield the help topics of pydoc and the docstrings of the standard library."""
+    """Yield the help topics of pydoc, and of each module of the library its docstrings as one text.
+
+    Short ones are left out: they are no text that one would read.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError:                 # some Linux distributions leave it out
         topics = {}
-    yield from (topics[name] for name in sorted(topics))
+    yield from (topics[name] for name in sorted(topics) if len(topics[name]) >= SHORTEST)
     library = Path(sysconfig.get_path("stdlib"))
     for source in sorted(library.rglob("*.py")):
         if NOT_DOCUMENTATION.intersection(source.relative_to(library).parts):
             continue
-        for node in ast.walk(ast.parse(source.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                if text := ast.get_docstring(node):
-                    yield text
+        docstrings = [text for text in docstrings_of(source) if len(text) >= SHORTEST]
+        if docstrings:
+            yield "\n\n".join(docstrings)
+
+
+def docstrings_of(source):
+    """Yield the docstrings of a module, its classes and its functions."""
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if text := ast.get_docstring(node):
+                yield text

@@ -221,6 +221,21 @@ def test_each_recipe_fits_a_card_of_8_gb_and_one_of_12_gb_beside_a_screen(name):
     assert "with a screen on this card, 7.9 GiB to 9.9 GiB are free" in plan.text(planned)
 
 
+def test_a_resumed_run_computes_as_it_did_while_there_is_room():
+    """Another chunk rounds otherwise: it would not be the same run, bit for bit."""
+    cfg = small(**FREE, n_layer=12, n_head=8, n_embd=512)
+    size, old = size_of(cfg), {"batch_size": 8, "chunk": 4096, "recompute": True}
+    assert memory.choose(cfg, size, GPU) != memory.Fit(**old)
+    assert memory.choose(cfg, size, GPU, old) == memory.Fit(**old)
+    assert memory.choose(cfg, size, replace(GPU, room=2 * GIB), old) != memory.Fit(**old)
+    assert memory.choose(replace(cfg, batch_size=4), size, GPU, old).batch_size == 4
+
+
+def test_more_processes_than_windows_are_a_sentence_of_the_plan():
+    cfg = small(**FREE | dict(tokens_per_step=1024))
+    assert memory.choose(cfg, size_of(cfg), replace(GPU, count=2)).batch_size == 1
+
+
 def test_a_set_batch_size_stays_and_its_loss_takes_the_room_that_there_is():
     cfg = configure(TrainConfig, [str(PROJECT / "config" / "train_fineweb_4070_one_shard.py")])
     fits = [memory.choose(cfg, size_of(cfg), replace(GPU, room=room * GIB)) for room in (3, 5)]
