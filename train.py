@@ -21,6 +21,7 @@ from onecard import cards, dataset, memory, optim, plan, resume, runtime, tokeni
 from onecard.datafiles import folder_of
 from onecard.dataset import Batches, Dataset, fixed_batches
 from onecard.divergence import Guard
+from onecard.generate import DrawConfig, generate
 from onecard.resume import Progress, State
 from onecard.runlog import RunLog, measured_speed
 from onecard.settings import UserError, configure_and_run, in_range, one_of
@@ -33,6 +34,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 2000           # steps from one evaluation to the next
     log_interval: int = 1               # steps from one line of log.jsonl to the next
     eval_iters: int = 200               # batches in an evaluation, always the first ones of val
+    sample_tokens: int = 60             # tokens that it writes after an evaluation; 0 = none
     eval_only: bool = False             # evaluate once and exit
     always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
@@ -97,7 +99,7 @@ class TrainConfig(GPTConfig):
         in_range(1, 10**9, self, "eval_interval", "log_interval", "eval_iters",
                  "gradient_accumulation_steps", "lr_decay_iters")
         in_range(0, 10**9, self, "max_iters", "warmup_iters", "momentum_warmup")
-        in_range(0, 2**16, self, "batch_size")
+        in_range(0, 2**16, self, "batch_size", "sample_tokens")
         in_range(0, 2**62, self, "tokens_per_step", "n_tokens", "seed")
         in_range(0, 10**6, self, "grad_clip", "max_hours", "hours", "save_minutes")
         in_range(1e-12, 10, self, "learning_rate")
@@ -151,6 +153,7 @@ def make_plan(cfg, network, saved, world):
         size = plan.Size.of(GPT(network))
     machine = cards.machine_of(world.device, world.dtype, world.size)
     val_windows = resume.val_windows(cfg, saved)
+    cfg = resume.with_fitted_steps(cfg, saved, world)
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -190,6 +193,7 @@ def make_state(cfg, network, saved, fixed, world):
     """The State of the run: new, or as the checkpoint `saved` has it."""
     torch.manual_seed(cfg.seed)
     model = GPT(network)
+    model.loss_chunk = fixed["fit"]["chunk"]    # tokens whose logits exist at the same time
     if saved:
         model.load_weights(saved)
     model.to(world.device)
@@ -221,6 +225,23 @@ def evaluate(batches, model, val_data, n_windows):
     sums = torch.stack([(losses * counts).sum(), counts.sum()])
     loss_sum, n_sum = batches.world.sum(sums)                   # over all ranks
     return (loss_sum / n_sum).item()
+
+
+def sample(model, vocabulary, cfg, world):
+    """What the model writes now, from the same beginning and with the same seed every time.
+
+    None of the run's random numbers is used.
+    """
+    if vocabulary.n_vocab is None or not (cfg.sample_tokens and world.is_main):
+        return ""
+    model.eval()
+    with world.autocast():
+        ids = list(generate(model, [vocabulary.start], cfg.sample_tokens, DrawConfig(),
+                            vocabulary.n_vocab, fixed_shapes=False))
+    model.train()
+    if tokenizer.END_OF_TEXT in ids:
+        ids = ids[:ids.index(tokenizer.END_OF_TEXT)]
+    return vocabulary.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def forward_backward(batches, ddp_model, step, scaler):
@@ -291,8 +312,6 @@ def main(cfg):
     saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
-    if saved:
-        cfg = resume.with_fitted_steps(cfg, saved, world)
     network = network_of(cfg, saved)
     cfg, run_plan = make_plan(cfg, network, saved, world)
     if cfg.dry_run:
@@ -309,7 +328,6 @@ def main(cfg):
     fixed = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
     state = make_state(cfg, network, saved, fixed, world)
     model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress
-    model.loss_chunk = run_plan.fit.chunk       # tokens whose logits exist at the same time
     del saved                                   # as large as the model and its optimizer
     first_step = progress.step
 
@@ -320,8 +338,7 @@ def main(cfg):
         log.open(train_data)
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
-        # in place: the weights keep their names
-        model.compile(recompute=run_plan.fit.recompute, dynamic=False)
+        model.compile(run_plan.fit.recompute, dynamic=False)    # in place, names stay
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     guard = Guard(network.vocab_size, scaler)   # stops a run that diverges
@@ -342,7 +359,7 @@ def main(cfg):
         evaluates = cfg.eval_only or (due and not just_resumed)
         if evaluates:
             progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_val)
-            log.evaluation(step, progress.val_loss)
+            log.evaluation(step, progress.val_loss, sample(model, vocabulary, cfg, world))
         if cfg.eval_only:
             break
 

@@ -2,6 +2,7 @@
 
 Sizes: L = n_layer, B batch, H = n_head, T time, D = head_size, V tokens of the vocabulary.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,8 @@ class Writer:
 
     def __init__(self, model, draw, n_vocab, fixed_shapes):
         self.model, self.draw, self.n_vocab = model, draw, n_vocab
+        # not the compiled one of a run that trains: it would be compiled again for each length
+        self.hidden = functools.partial(type(model).hidden, model)
         self.device, length = model.lm_head.weight.device, model.config.block_size
         self.cache = KVCache(model.config, 1, self.device, product_dtype(self.device.type), length,
                              fixed_shapes)
@@ -95,11 +98,11 @@ class Writer:
         ids = torch.tensor(ids, device=self.device)
         self.in_text.zero_().index_fill_(0, ids, True)
         self.cache.clear()
-        self.choose(self.model.hidden(ids[None], self.cache))
+        self.choose(self.hidden(ids[None], self.cache))
 
     def read_token(self):
         """Read the last token, and choose the one after it."""
-        self.choose(self.model.hidden(self.token[None], self.cache))
+        self.choose(self.hidden(self.token[None], self.cache))
 
     def choose(self, hidden):
         logits = self.model.lm_head(hidden[0, -1])[:self.n_vocab].float()     # (V,)

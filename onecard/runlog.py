@@ -122,12 +122,14 @@ class RunLog:
         """Hours of training so far, over all processes that went on with this run."""
         return self.hours_before + self.hours_of_process()
 
-    def evaluation(self, step, val_loss):
-        """Report a validation loss."""
+    def evaluation(self, step, val_loss, sample):
+        """Report a validation loss, and what the model writes now."""
         self.world.print(f"step {step:,}: val loss {val_loss:.4f}")
+        if sample and step > 0:             # at step 0 it writes noise
+            self.world.print(f"    it writes: {' '.join(sample.split())}")
         if not self.is_open:
             return
-        self.write(step=step, val_loss=val_loss, hours=self.hours())
+        self.write(step=step, val_loss=val_loss, hours=self.hours(), sample=sample)
         self.track({"val/loss": val_loss}, step)
         if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
             self.draw()

@@ -44,7 +44,7 @@ def write_sample(path):
 def documentation():
     """Yield the help topics of pydoc, and of each module of the library its docstrings as one text.
 
-    Short ones are left out: they are no text that one would read.
+    Short ones and those with sessions (>>>) are left out: they are no text that one would read.
     """
     try:
         from pydoc_data.topics import topics
@@ -55,7 +55,8 @@ def documentation():
     for source in sorted(library.rglob("*.py")):
         if NOT_DOCUMENTATION.intersection(source.relative_to(library).parts):
             continue
-        docstrings = [text for text in docstrings_of(source) if len(text) >= SHORTEST]
+        docstrings = [text for text in docstrings_of(source)
+                      if len(text) >= SHORTEST and ">>>" not in text]
         if docstrings:
             yield "\n\n".join(docstrings)
 
