@@ -112,6 +112,17 @@ class Writer:
         self.n_chosen += 1
 
 
+def record(writer):
+    """A CUDA graph of reading one token; None if CUDA cannot record it."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):   # records, and computes nothing
+            writer.read_token()
+    except RuntimeError:                # then Python starts each kernel, which is slower
+        return None
+    return graph
+
+
 @torch.inference_mode()
 def generate(model, ids, max_new_tokens, draw, n_vocab, fixed_shapes=None):
     """Yield the tokens that continue the list `ids`, one by one; each of them is below `n_vocab`.
@@ -135,9 +146,7 @@ def generate(model, ids, max_new_tokens, draw, n_vocab, fixed_shapes=None):
         else:
             writer.read_token()
         if on_cuda and fixed_shapes and n == 2:     # the first tokens have loaded all kernels
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):       # records, and computes nothing
-                writer.read_token()
+            graph = record(writer)
         ids.append(writer.token.item())
         yield ids[-1]
 
