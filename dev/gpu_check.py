@@ -121,7 +121,7 @@ def kernels(stepper):
     return sum(e.time_range.elapsed_us() for e in events) / 1000 / n, len(events) / n
 
 
-def measure(name, cfg, world, keep):
+def measure(name, cfg, world, keep, rounds):
     """The rows of one table, as dicts; `keep` gets each one early."""
     fit, n_bytes = planned(cfg, world)
     cfg = replace(cfg, batch_size=fit.batch_size)
@@ -140,7 +140,7 @@ def measure(name, cfg, world, keep):
         row |= {"peak_gib": (stepper.peak or 0) / 2**30, "grad_norm": stepper.losses[0][1]}
         steppers.append(stepper)
         rows.append(row)
-    speeds = [[stepper.step() for stepper in steppers] for _ in range(ROUNDS)]
+    speeds = [[stepper.step() for stepper in steppers] for _ in range(rounds)]
     for i, row in enumerate(rows):
         row["tokens_per_s"] = statistics.median(of_round[i] for of_round in speeds)
         row["micro_ms"] = 1000 * cfg.batch_size * cfg.block_size / row["tokens_per_s"]
@@ -223,9 +223,9 @@ def check_products(world):
 
 
 def main(cfg):
-    toy, dtype = [], "auto"
+    toy, dtype, rounds = [], "auto", ROUNDS
     if cfg.toy:
-        toy, dtype = TOY, "bfloat16"
+        toy, dtype, rounds = TOY, "bfloat16", 2
     world = runtime.start(dtype=dtype)
     on_gpu = world.device.type == "cuda" and not cfg.toy        # else nothing is promised of speed
     machine = {"device": runtime.device_name(world.device), "torch": str(torch.__version__),
@@ -248,7 +248,7 @@ def main(cfg):
     torch.backends.cuda.enable_cudnn_sdp(True)
     for name, c in configs.items():
         print(f"\n{name}: {c.n_layer} x {c.n_head} x {c.n_embd}")
-        rows = measure(name, c, world, keep)
+        rows = measure(name, c, world, keep, rounds)
         gc.collect()                    # its models
         runtime.free_memory(world.device)
         print_table(rows)
