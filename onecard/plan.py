@@ -224,7 +224,7 @@ def run_lines(plan):
     if tokens := tokens_worth(TOKENS_PER_PARAMETER * plan.size.total, unique):
         optimal = f"{math.ceil(tokens / plan.tokens_per_step):,} steps"
     lines.append(f"           4 epochs: {settings}; compute-optimal ({TOKENS_PER_PARAMETER} tokens "
-                 f"a parameter): {optimal}")
+                 f"a parameter, repeated ones at their worth): {optimal}")
     if run > 16 * unique:
         lines.append(f"warning    {epochs} epochs: about 4 are nearly as good as new text, and "
                      "past about 16 another one adds next to nothing")
@@ -238,8 +238,10 @@ def memory_lines(plan):
     lines = [f"memory     needs {gib(plan.peak_memory)}, {gib(room)} are free for it: {margin}"]
     if plan.cfg.device_name:
         left = [room - n * GIB for n in cards.SCREEN_GIB]
-        lines.append(f"           with a screen on this card, {gib(left[1])} to {gib(left[0])} are "
-                     "free")
+        line = f"           with a screen on this card, {gib(left[1])} to {gib(left[0])} are free"
+        if plan.cfg.tokens_per_step:
+            line += "; --batch_size=0 takes less then"
+        lines.append(line)
     if plan.machine.held > GIB / 2:
         lines.append(f"           other programs hold {gib(plan.machine.held)} of this card")
     if plan.cfg.compile:
@@ -253,7 +255,7 @@ def time_lines(plan):
     flops_per_token = plan.size.flops_per_token
     tflop = number(plan.tokens_per_step * flops_per_token / 1e12)
     if plan.speeds is None:
-        return [f"time       -, the bar shows it after some steps ({tflop} TFLOP each)"]
+        return [f"time       not known for this machine before 20 steps ({tflop} TFLOP each)"]
     slow, fast = plan.speeds
     longest_step, longest = seconds(plan, slow)
     shortest_step, shortest = seconds(plan, fast)
@@ -273,8 +275,8 @@ def hours_lines(plan):
     if plan.cfg.hours == 0:
         return []
     fewest, most = (steps_in(plan, 3600 * plan.cfg.hours, speed) for speed in plan.speeds)
-    return [f"hours      {plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps; after the "
-            "first 20, max_iters is set to what fits"]
+    return [f"hours      {plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps (2 % kept for "
+            "saving); after 20 of them, max_iters is set to what fits"]
 
 
 def batch_settings(cfg, batch):

@@ -52,7 +52,7 @@ def test_the_missions_plan_has_its_true_numbers(work):
                   "250,000 steps = 122.88 G tokens = 176 epochs",
                   "696.5 M tokens are new and 122.18 G repeated: worth 11.41 G new ones",
                   "4 epochs: --max_iters=5668 --lr_decay_iters=5668; compute-optimal (20 tokens a "
-                  "parameter): 2,640 steps",
+                  "parameter, repeated ones at their worth): 2,640 steps",
                   "warning    176 epochs",
                   "memory     needs 4.8 GiB, 10.9 GiB are free for it: 6.1 GiB to spare",
                   "recompute: no; logits of 12,288 tokens at a time"):
@@ -67,7 +67,7 @@ def test_what_is_unknown_prints_a_dash():
     cpu = Machine("a CPU", "cpu", torch.float32, math.inf)
     shown = plan.text(plan_of(small(), cpu, data=None))
     for words in ("dataset    -\n", "= - epochs\n", " - are free for it: - to spare\n",
-                  "time       -, the bar shows it after some steps"):
+                  "time       not known for this machine before 20 steps"):
         assert words in shown, shown
     assert not plan.refusals(plan_of(small(), cpu, data=None))
 
