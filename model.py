@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from onecard import checkpoint, tokenizer
 from onecard.attention import cached_attention, causal_attention, rotary_angles, rotate
-from onecard.loss import linear_cross_entropy, loss_of_logits
+from onecard.loss import SMALLEST_CHUNK, linear_cross_entropy, loss_of_logits
 from onecard.runtime import product_dtype
 from onecard.settings import UserError, check_type, in_range, one_of
 
@@ -200,7 +200,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss_of_logits = loss_of_logits    # an attribute, so that compile() can replace it
-        self.loss_chunk = 2048          # tokens whose logits exist at the same time
+        self.loss_chunk = SMALLEST_CHUNK        # tokens whose logits exist at the same time
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)

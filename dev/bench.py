@@ -65,7 +65,7 @@ class PlainGPT(nn.Module):
 class Stepper:
     """A model that takes steps, always of the same windows."""
 
-    def __init__(self, model, cfg, world, micro_batches=MICRO_BATCHES):
+    def __init__(self, model, cfg, world):
         self.world, resident = world, 0
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -76,7 +76,7 @@ class Stepper:
         generator = torch.Generator().manual_seed(1)
         shape = (2, cfg.batch_size, cfg.block_size)
         windows = torch.randint(cfg.vocab_size, shape, generator=generator).to(world.device)
-        n = min(cfg.windows_per_step // cfg.batch_size, micro_batches)
+        n = min(cfg.windows_per_step // cfg.batch_size, MICRO_BATCHES)
         self.batches = SimpleNamespace(per_step=n, of_step=lambda step: [tuple(windows)] * n,
                                        world=world)
         self.n_tokens = n * cfg.batch_size * cfg.block_size

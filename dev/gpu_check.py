@@ -158,9 +158,9 @@ def print_table(rows):
               f"{row['losses'][0]:9.4f}{row['grad_norm']:9.4f}", flush=True)
 
 
-def promises_of(rows, on_gpu):
+def promises_of(name, rows, on_gpu):
     """(kept, promise) for a table."""
-    of, name = {row["variant"]: row for row in rows}, rows[0]["config"]
+    of = {row["variant"]: row for row in rows}
     if "ours" not in of:
         yield False, f"{name}: ours runs at all"
         return
@@ -240,19 +240,19 @@ def main(cfg):
 
     configs = {name: configure(TrainConfig, [str(PROJECT / "config" / file), *toy])
                for name, file in CONFIGS.items()}
-    torch.backends.cuda.enable_cudnn_sdp(False)         # as in sample.py; training does not need it
+    torch.backends.cuda.enable_cudnn_sdp(False)         # as sample.py does
     promises = [*check_products(world), *check_tokens(configs["mission"], world)]
     speed = list(check_sampling(configs["mission"], world, keep))
     if on_gpu:
         promises += speed
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)          # as in train.py
     for name, c in configs.items():
         print(f"\n{name}: {c.n_layer} x {c.n_head} x {c.n_embd}")
         rows = measure(name, c, world, keep, rounds)
         gc.collect()                    # its models
         runtime.free_memory(world.device)
         print_table(rows)
-        promises += promises_of(rows, on_gpu)
+        promises += promises_of(name, rows, on_gpu)
     print()
     for kept, promise in promises:
         print("kept  " if kept else "BROKEN", promise)

@@ -74,7 +74,10 @@ class KVCache:
 
 
 class Writer:
-    """Chooses the next token, and the one after it. All that it changes stays where it is."""
+    """Chooses the next token, and the one after it.
+
+    Its tensors keep their addresses and are changed in place, as a CUDA graph needs it.
+    """
 
     def __init__(self, model, draw, n_vocab, fixed_shapes):
         self.model, self.draw, self.n_vocab = model, draw, n_vocab

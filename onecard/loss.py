@@ -8,6 +8,8 @@ import torch
 
 from onecard.runtime import product_dtype
 
+SMALLEST_CHUNK = 2048                   # tokens; the products of smaller ones are slower
+
 
 def linear_cross_entropy(x, weight, targets, chunk, loss_of_logits):
     """Mean cross-entropy of x @ weight.T against `targets`, of which -1 do not count.

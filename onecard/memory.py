@@ -13,10 +13,11 @@ from itertools import product
 
 import torch
 
+from onecard.loss import SMALLEST_CHUNK
+
 FRAGMENTATION = 1.05                    # what CUDA's allocator holds, of what is alive (H100: 1.03)
 MAX_WINDOWS = 2**12                     # of a micro-batch that is looked for
 MAX_TOKENS = {"cuda": 2**16, "mps": 2**13, "cpu": 2**13}    # of a micro-batch; more is no faster
-MIN_CHUNK = 2048                        # tokens; the products of smaller chunks are slower
 # bytes that an RTX 4070 moves while it computes one FLOP: 454 GB/s, 37 TFLOP/s
 BYTES_PER_FLOP = 1 / 80
 
@@ -37,8 +38,8 @@ def choose(cfg, size, machine, saved=None):
     """
     batch_sizes = [cfg.batch_size]
     if cfg.batch_size == 0:
-        limit = MAX_TOKENS[machine.kind] // cfg.block_size
-        batch_sizes = [B for B in divisors(cfg, machine) if B <= max(limit, 1)]
+        most = max(MAX_TOKENS[machine.kind] // cfg.block_size, 1)
+        batch_sizes = [B for B in divisors(cfg, machine) if B <= most]
     fits = [fit for B in batch_sizes for fit in fits_of(cfg, B)]
     memory = {fit: needed(cfg, size, machine, fit) for fit in fits}
     traffics = {fit: traffic(cfg, size, fit) for fit in fits if memory[fit] <= machine.room}
@@ -68,7 +69,7 @@ def fits_of(cfg, batch_size):
     """Every way to compute micro-batches of `batch_size` windows."""
     tokens = batch_size * cfg.block_size
     n_chunks = [1]
-    while tokens / n_chunks[-1] >= 2 * MIN_CHUNK:
+    while tokens / n_chunks[-1] >= 2 * SMALLEST_CHUNK:
         n_chunks.append(2 * n_chunks[-1])
     chunks = [math.ceil(tokens / n / 128) * 128 for n in n_chunks]      # 128: a tile of a product
     recomputes = {"auto": (False, True), "no": (False,), "yes": (True,)}[cfg.recompute]

@@ -140,18 +140,18 @@ def steps_in(plan, seconds_left, speed):
     return plan.steps_before + max(int(seconds_left / of_each_step), 0)
 
 
-def with_steps(cfg, steps, step):
-    """`cfg` with a schedule that ends after `steps`, or as soon as it can if that is too early.
+def with_steps(cfg, max_iters, step):
+    """`cfg` with a schedule of `max_iters` steps, or of the fewest that can still be planned.
 
-    `step` steps are done already: the learning rate must not have begun to fall.
+    At `step`, where the run is, the learning rate must not have begun to fall.
     """
-    least = max(step, cfg.warmup_iters) + 1
+    fewest = max(step, cfg.warmup_iters) + 1
     if cfg.lr_schedule == "wsd" and cfg.cooldown < 1:
-        least = math.ceil(least / (1 - cfg.cooldown)) + 1
-    steps = max(steps, least)
+        fewest = math.ceil(fewest / (1 - cfg.cooldown)) + 1
+    max_iters = max(max_iters, fewest)
     if cfg.lr_schedule == "cosine":
-        return replace(cfg, max_iters=steps, lr_decay_iters=steps)
-    return replace(cfg, max_iters=steps)
+        return replace(cfg, max_iters=max_iters, lr_decay_iters=max_iters)
+    return replace(cfg, max_iters=max_iters)
 
 
 def disk(plan):
@@ -223,8 +223,8 @@ def run_lines(plan):
         settings += f" --lr_decay_iters={steps}"
     if tokens := tokens_worth(TOKENS_PER_PARAMETER * plan.size.total, unique):
         optimal = f"{math.ceil(tokens / plan.tokens_per_step):,} steps"
-    lines.append(f"           4 epochs: {settings}; compute-optimal ({TOKENS_PER_PARAMETER} tokens "
-                 f"a parameter, repeated ones at their worth): {optimal}")
+    lines.append(f"           4 epochs: {settings}; compute-optimal (worth "
+                 f"{TOKENS_PER_PARAMETER} new tokens a parameter): {optimal}")
     if run > 16 * unique:
         lines.append(f"warning    {epochs} epochs: about 4 are nearly as good as new text, and "
                      "past about 16 another one adds next to nothing")

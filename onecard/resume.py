@@ -164,6 +164,10 @@ def check_rate(step, saved, cfg):
     old = SimpleNamespace(**{**asdict(type(cfg)()), **known})   # nanoGPT has fewer settings
     before, now = optim.lr_at(step, old), optim.lr_at(step, cfg)
     decays = step > old.warmup_iters and before < old.learning_rate
+    if decays and cfg.hours != old.hours:
+        raise UserError(f"this run decays its learning rate already, so --hours={cfg.hours:g} can "
+                        f"no longer change its length. Give --hours={old.hours:g}, or begin before "
+                        f"the decay (with wsd: --init_from={cfg.out_dir}/{checkpoint.STABLE})")
     if decays and now > before:
         raise UserError(f"this run decays its learning rate, which would rise from {before:.3g} to "
                         f"{now:.3g} with these settings of the schedule. Give its own, or --force; "
@@ -203,8 +207,7 @@ def save(state, cfg, world, is_best, is_stable):
         "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
         "iter_num": progress.step, "best_val_loss": best_val_loss, "hours": progress.hours,
         "wandb_id": progress.wandb_id, "fitted_hours": progress.fitted_hours, "rng": rng,
-        "config": asdict(cfg),
-        "versions": runtime.versions()}
+        "config": asdict(cfg), "versions": runtime.versions()}
     if world.is_main:
         try:
             make_folder(cfg)
@@ -255,4 +258,5 @@ def restore(state, parts, cfg, world):
         # best.pt may be of a later step than `parts`, and stays until a better one comes
         progress.best_val_loss = checkpoint.best_loss(cfg.out_dir)
         progress.wandb_id = parts.get("wandb_id", "")
+    if cfg.init_from == "resume":               # from stable.pt, hours are fitted anew
         progress.fitted_hours = parts.get("fitted_hours", 0.0)

@@ -1,4 +1,6 @@
 """The loss in chunks: torch's cross-entropy, in less memory."""
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -87,6 +89,18 @@ def test_only_the_logits_of_a_chunk_exist_at_once():
     with LargestTensor() as largest:
         linear_cross_entropy(x, weight, targets, 2048, loss_of_logits).backward()
     assert largest.numel == 2048 * 200
+
+
+def test_the_logits_of_a_chunk_are_gone_before_those_of_the_next():
+    chunks = []
+
+    def watched(logits, *args):
+        assert all(reference() is None for reference in chunks)
+        chunks.append(weakref.ref(logits))
+        return loss_of_logits(logits, *args)
+
+    linear_cross_entropy(*inputs(2, 300), 200, watched)
+    assert len(chunks) == 3
 
 
 def test_a_large_activation_in_fp16_gives_a_finite_gradient():

@@ -51,8 +51,8 @@ def test_the_missions_plan_has_its_true_numbers(work):
                   "491,520 tokens = 12 windows x 40 micro-batches x 1,024",
                   "250,000 steps = 122.88 G tokens = 176 epochs",
                   "696.5 M tokens are new and 122.18 G repeated: worth 11.41 G new ones",
-                  "4 epochs: --max_iters=5668 --lr_decay_iters=5668; compute-optimal (20 tokens a "
-                  "parameter, repeated ones at their worth): 2,640 steps",
+                  "4 epochs: --max_iters=5668 --lr_decay_iters=5668; compute-optimal (worth 20 "
+                  "new tokens a parameter): 2,640 steps",
                   "warning    176 epochs",
                   "memory     needs 4.8 GiB, 10.9 GiB are free for it: 6.1 GiB to spare",
                   "recompute: no; logits of 12,288 tokens at a time"):

@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from onecard import optim
 from onecard.dataset import Dataset
 from onecard.runlog import read_log
-from onecard.settings import configure
+from onecard.settings import UserError, configure
 from tiny_run import (
     MUON,
     TINY,
@@ -178,6 +178,14 @@ def test_hours_that_are_too_few_take_the_shortest_schedule(tiny):
     run_tiny(hours=1e-6, max_iters=10**6, warmup_iters=30, lr_schedule="wsd", cooldown=0.5)
     assert saved()["iter_num"] == 63 and optim.cooldown_start(
         TrainConfig(**saved()["config"])) >= 30
+
+
+@pytest.mark.parametrize("settings", [{}, dict(lr_schedule="wsd", cooldown=0.5)])
+def test_hours_change_no_run_that_decays_its_rate_already(tiny, settings):
+    run_tiny(max_hours=1e-9, **settings)                # one step: it can still be fitted
+    run_tiny(init_from="resume", max_iters=9, eval_interval=9, lr_decay_iters=12, **settings)
+    with pytest.raises(UserError, match="decays its learning rate already, so --hours=5 can no"):
+        run_tiny(init_from="resume", hours=5.0, **settings)
 
 
 def test_one_can_watch_it_learn_and_that_changes_nothing(tiny, capsys):
