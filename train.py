@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import GPT, GPTConfig
-from onecard import cards, dataset, memory, optim, plan, resume, runtime, tokenizer
+from onecard import advice, cards, dataset, memory, optim, plan, resume, runtime, tokenizer
 from onecard.datafiles import folder_of
 from onecard.dataset import Batches, Dataset, fixed_batches
 from onecard.divergence import Guard
 from onecard.generate import DrawConfig, generate
 from onecard.resume import Progress, State
 from onecard.runlog import RunLog, measured_speed
-from onecard.settings import UserError, configure_and_run, in_range, one_of
+from onecard.settings import UserError, configure, configure_and_run, in_range, one_of
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,29 @@ def network_of(cfg, saved):
     return GPTConfig.of(cfg)
 
 
+def size_of(network):
+    """The Size of a GPTConfig."""
+    with torch.device("meta"):          # a model without memory, only to count its parameters
+        return plan.Size.of(GPT(network))
+
+
+def recipes(machine, known_tokens):
+    """{config file: Plan} of the recipes with Muon, whose losses can be predicted."""
+    plans = {}
+    for path in sorted(runtime.PROJECT.glob("config/train_fineweb_*.py")):
+        cfg = configure(TrainConfig, [str(path)])
+        if cfg.optimizer == "muon":
+            size = size_of(GPTConfig.of(cfg))
+            fit = memory.choose(cfg, size, machine)
+            name = path.relative_to(runtime.PROJECT).as_posix()
+            plans[name] = plan.Plan(replace(cfg, batch_size=fit.batch_size), size, machine, fit,
+                                    resume.val_windows(cfg, None), known_tokens)
+    return plans
+
+
 def make_plan(cfg, network, saved, world):
     """Print what the run will cost. Return the Plan, and `cfg` with a batch_size above 0."""
-    with torch.device("meta"):          # a model without memory, only to count its parameters
-        size = plan.Size.of(GPT(network))
+    size = size_of(network)
     machine = cards.machine_of(world.device, world.dtype, world.size)
     val_windows = resume.val_windows(cfg, saved)
     cfg = resume.with_fitted_steps(cfg, saved, world)
@@ -169,6 +188,8 @@ def make_plan(cfg, network, saved, world):
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
     world.print(plan.text(run_plan))
+    if cfg.dry_run and cfg.hours and run_plan.speeds and known_tokens:
+        world.print(advice.text(recipes(machine, known_tokens), cfg.hours))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
         raise UserError(f"{'; '.join(reasons)}. --force starts it all the same")

@@ -1,6 +1,6 @@
 # The best that one FineWeb file and one RTX 4070 can give, in about four days.
 #     python train.py config/train_fineweb_4070_week.py
-# Val loss predicted, not measured: 3.10 to 3.18. The fourth reading of a text is worth nearly as
+# Val loss predicted, not measured: 3.02 to 3.14. The fourth reading of a text is worth nearly as
 # much as the first, and after the sixteenth another one adds next to nothing (Muennighoff et al.
 # 2023). So the time goes into a model five times as large, which reads the file twelve times; the
 # sweeps of Kim et al. 2025 (arXiv 2509.14786) are best at such sizes for 8 to 16 epochs.

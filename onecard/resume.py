@@ -164,7 +164,7 @@ def check_rate(step, saved, cfg):
     old = SimpleNamespace(**{**asdict(type(cfg)()), **known})   # nanoGPT has fewer settings
     before, now = optim.lr_at(step, old), optim.lr_at(step, cfg)
     decays = step > old.warmup_iters and before < old.learning_rate
-    if decays and cfg.hours != old.hours:
+    if decays and cfg.hours not in (0, old.hours):
         raise UserError(f"this run decays its learning rate already, so --hours={cfg.hours:g} can "
                         f"no longer change its length. Give --hours={old.hours:g}, or begin before "
                         f"the decay (with wsd: --init_from={cfg.out_dir}/{checkpoint.STABLE})")
