@@ -153,17 +153,22 @@ def size_of(network):
         return plan.Size.of(GPT(network))
 
 
+def plan_of(cfg, machine, known_tokens=None):
+    """The Plan of a new run on a machine."""
+    size = size_of(GPTConfig.of(cfg))
+    fit = memory.choose(cfg, size, machine)
+    return plan.Plan(replace(cfg, batch_size=fit.batch_size), size, machine, fit,
+                     resume.val_windows(cfg, None), known_tokens)
+
+
 def recipes(machine, known_tokens):
     """{config file: Plan} of the recipes with Muon, whose losses can be predicted."""
     plans = {}
     for path in sorted(runtime.PROJECT.glob("config/train_fineweb_*.py")):
         cfg = configure(TrainConfig, [str(path)])
         if cfg.optimizer == "muon":
-            size = size_of(GPTConfig.of(cfg))
-            fit = memory.choose(cfg, size, machine)
             name = path.relative_to(runtime.PROJECT).as_posix()
-            plans[name] = plan.Plan(replace(cfg, batch_size=fit.batch_size), size, machine, fit,
-                                    resume.val_windows(cfg, None), known_tokens)
+            plans[name] = plan_of(cfg, machine, known_tokens)
     return plans
 
 

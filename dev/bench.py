@@ -4,8 +4,8 @@
     python dev/bench.py config/train_fineweb_4070_overnight.py
 
 Ours is train.py's. The plain one is nanoGPT's: torch's attention, all logits at once, AdamW; in
-fp32 on a CPU. Prints tokens a second of both, their ratio, and on a GPU their peaks of memory. The
-last line is a row for the table of measured cards in dev/cards.md.
+fp32 on a CPU. Prints tokens a second of both, their ratio, on a GPU their peaks of memory, and how
+long the run will take. The last line is a row for the table of measured cards in dev/cards.md.
 """
 import statistics
 import sys
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import GPT, GPTConfig  # noqa: E402
-from onecard import cards, memory, optim, plan, runtime  # noqa: E402
+from onecard import cards, optim, plan, runtime  # noqa: E402
 from onecard.settings import configure_and_run  # noqa: E402
-from train import TrainConfig, forward_backward  # noqa: E402
+from train import TrainConfig, forward_backward, plan_of  # noqa: E402
 
 ROUNDS = 7                              # measured steps of each kind
 MICRO_BATCHES = 8                       # of a measured step, if the run's have more
@@ -125,19 +125,14 @@ def plain(cfg):
 
 
 def planned(cfg, world):
-    """The plan's Fit on this machine, and the bytes that it needs."""
-    with torch.device("meta"):
-        size = plan.Size.of(GPT(GPTConfig.of(cfg)))
-    machine = cards.machine_of(world.device, world.dtype)
-    fit = memory.choose(cfg, size, machine)
-    return fit, memory.needed(cfg, size, machine, fit)
+    """The Plan of `cfg` on this machine."""
+    return plan_of(cfg, cards.machine_of(world.device, world.dtype))
 
 
-def row_of(cfg, world, rate):
+def row_of(run_plan):
     """A row for the table of dev/cards.md."""
-    with torch.device("meta"):
-        flops = rate * GPT(GPTConfig.of(cfg)).flops_per_token()
-    machine, share = cards.machine_of(world.device, world.dtype), "-"
+    cfg, machine, rate, share = run_plan.cfg, run_plan.machine, run_plan.measured, "-"
+    flops = rate * run_plan.size.flops_per_token
     if machine.peak_flops:
         share = f"{flops / machine.peak_flops:.1%}"
     return (f"| {machine.name} | onecard {cfg.n_layer} x {cfg.n_head} x {cfg.n_embd}, "
@@ -151,11 +146,11 @@ def main(cfg):
     plain_dtype = torch.float32 if world.device.type == "cpu" else world.dtype
     if cfg.compile and not runtime.can_compile(world):
         cfg = replace(cfg, compile=False, recompute="auto")
-    fit, _ = planned(cfg, world)
-    cfg = replace(cfg, batch_size=fit.batch_size)
+    run_plan = planned(cfg, world)
+    cfg = run_plan.cfg
     steppers = [Stepper(plain(cfg), replace(cfg, optimizer="adamw"),
                         replace(world, dtype=plain_dtype)),
-                Stepper(ours(cfg, world, fit), cfg, world)]
+                Stepper(ours(cfg, world, run_plan.fit), cfg, world)]
     speeds = [[stepper.step() for stepper in steppers] for _ in range(ROUNDS)]
     print(f"{runtime.device_name(world.device)}, torch {torch.__version__}, compile = "
           f"{cfg.compile}: {cfg.n_layer} x {cfg.n_head} x {cfg.n_embd}, micro-batches of "
@@ -169,7 +164,9 @@ def main(cfg):
               f"{rates[-1]:,.0f}), peak memory {peak}")
     ratios = sorted(of_ours / of_plain for of_plain, of_ours in speeds)
     print(f"ratio  {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(row_of(cfg, world, statistics.median(of_ours for _, of_ours in speeds)))
+    run_plan = replace(run_plan, measured=statistics.median(of_ours for _, of_ours in speeds))
+    print(f"plan   peak memory {plan.gib(run_plan.peak_memory)}\n{plan.time_lines(run_plan)[0]}")
+    print(row_of(run_plan))
 
 
 if __name__ == "__main__":

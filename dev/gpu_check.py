@@ -123,13 +123,15 @@ def kernels(stepper):
 
 def measure(name, cfg, world, keep, rounds):
     """The rows of one table, as dicts; `keep` gets each one early."""
-    fit, n_bytes = planned(cfg, world)
+    run_plan = planned(cfg, world)
+    fit = run_plan.fit
     cfg = replace(cfg, batch_size=fit.batch_size)
     rows, steppers = [], []
     torch._dynamo.reset()               # the loss is compiled for at most eight shapes
     for variant, make in variants_of(name, cfg, world, fit).items():
         torch.manual_seed(0)            # each one begins with the same weights
-        row = {"config": name, "variant": variant, **asdict(fit), "planned_gib": n_bytes / 2**30}
+        row = {"config": name, "variant": variant, **asdict(fit),
+               "planned_gib": run_plan.peak_memory / 2**30}
         try:
             stepper = make()
             row["kernel_ms"], row["kernels"] = kernels(stepper)

@@ -11,10 +11,9 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from model import GPT, GPTConfig  # noqa: E402
-from onecard import cards, memory, plan  # noqa: E402
+from onecard import cards, plan  # noqa: E402
 from onecard.settings import configure  # noqa: E402
-from train import TrainConfig  # noqa: E402
+from train import TrainConfig, plan_of  # noqa: E402
 
 RECIPES = ("evening", "overnight", "64m", "week", "one_shard")
 CARDS = ("RTX 4060", "RTX 3080", "RTX 4070", "RTX 5060 Ti", "RTX 4090")
@@ -23,11 +22,9 @@ DATA = SimpleNamespace(train=696_500_000, val=3_500_000)
 
 def row(recipe, name):
     cfg = configure(TrainConfig, [str(PROJECT / "config" / f"train_fineweb_4070_{recipe}.py")])
-    with torch.device("meta"):
-        size = plan.Size.of(GPT(GPTConfig.of(cfg)))
     machine = cards.machine_named(name, torch.bfloat16)
-    fit = memory.choose(cfg, size, machine)
-    planned = plan.Plan(cfg, size, machine, fit, 2400, DATA)
+    planned = plan_of(cfg, machine, DATA)
+    fit = planned.fit
     slow, fast = planned.speeds
     recompute = "yes" if fit.recompute else "no"
     cells = [recipe, f"{machine.card.memory_mib / 1024:.0f} GB ({name})",

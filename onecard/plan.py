@@ -262,7 +262,7 @@ def time_lines(plan):
     step, total = period(shortest_step, longest_step), period(shortest, longest)
     line = f"{total}: {plan.steps:,} steps of {step} ({tflop} TFLOP) and the evaluations"
     if plan.measured:
-        return [f"time       {line}, at {fast:,.0f} tokens/s as measured in this run"]
+        return [f"time       {line}, at {fast:,.0f} tokens/s as measured"]
     peak = plan.machine.count * plan.machine.peak_flops
     lowest, highest = slow * flops_per_token / peak, fast * flops_per_token / peak
     source = plan.usual_share[2]
