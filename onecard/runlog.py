@@ -19,6 +19,10 @@ from onecard.settings import UserError, import_package
 
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
 STEPS_TO_MEASURE = 20                   # after the first one, which compiles
+NEXT = """Next:
+    python sample.py --out_dir={out_dir}   # what it writes
+    python eval.py --out_dir={out_dir}     # how good it is, text by text
+    python plot.py {out_dir}               # its loss as a picture, {out_dir}/loss.png"""
 
 
 def read_log(path):
@@ -274,7 +278,7 @@ class RunLog:
         reason, advice = "stopped on request", "--init_from=resume goes on"
         if step >= self.cfg.max_iters:
             reason = "finished"
-            advice = f"`python sample.py --out_dir={self.out_dir}` lets it write"
+            advice = NEXT.format(out_dir=self.out_dir)
         elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
         if self.progress.waits or not (self.out_dir / "ckpt.pt").is_file():
