@@ -51,9 +51,9 @@ def text(recipes, hours):
     if not losses:
         return "advice     no recipe fits on this card"
     ranking = sorted(losses, key=lambda path: sum(losses[path]))
-    lines = [f"advice     in {hours:g} hours, {ranking[0]} gets furthest. Val loss, predicted:"]
+    lines = [f"advice     predicted val loss of each recipe after {hours:g} hours:"]
     for path in ranking:
         lowest, highest = losses[path]
-        lines.append(f"           {lowest:.2f} to {highest:.2f} by {path}")
-    lines.append(f"           python train.py {ranking[0]} --hours={hours:g}")
+        lines.append(f"           {lowest:.2f} to {highest:.2f}  {path}")
+    lines.append(f"           best: python train.py {ranking[0]} --hours={hours:g}")
     return "\n".join(lines)

@@ -240,7 +240,7 @@ def memory_lines(plan):
         left = [room - n * GIB for n in cards.SCREEN_GIB]
         line = f"           with a screen on this card, {gib(left[1])} to {gib(left[0])} are free"
         if plan.cfg.tokens_per_step:
-            line += "; --batch_size=0 takes less then"
+            line += "; batch_size = 0 chooses less then"
         lines.append(line)
     if plan.machine.held > GIB / 2:
         lines.append(f"           other programs hold {gib(plan.machine.held)} of this card")
@@ -275,8 +275,10 @@ def hours_lines(plan):
     if plan.cfg.hours == 0:
         return []
     fewest, most = (steps_in(plan, 3600 * plan.cfg.hours, speed) for speed in plan.speeds)
-    return [f"hours      {plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps (2 % kept for "
-            "saving); after 20 of them, max_iters is set to what fits"]
+    tokens = f"{amount(fewest * plan.tokens_per_step)} to {amount(most * plan.tokens_per_step)}"
+    hours = f"{plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps = {tokens} tokens"
+    return [f"hours      {hours}",
+            "           after 20 steps, max_iters is set to what fits (2 % are kept for saving)"]
 
 
 def batch_settings(cfg, batch):

@@ -20,9 +20,9 @@ def advised(hours, **of_machine):
     """(the recipe, {recipe: (lowest, highest loss)}) that the text names."""
     lines = advice.text(plans(**of_machine), hours).splitlines()
     losses = {name: (float(lowest), float(highest)) for line in lines for lowest, highest, name
-              in re.findall(r"([\d.]+) to ([\d.]+) by config/train_fineweb_4070_(\w+).py", line)}
-    name, = re.findall(rf"python train.py config/train_fineweb_4070_(\w+).py --hours={hours:g}",
-                       lines[-1])
+              in re.findall(r"([\d.]+) to ([\d.]+)  config/train_fineweb_4070_(\w+).py", line)}
+    name, = re.findall(rf"best: python train.py config/train_fineweb_4070_(\w+).py "
+                       rf"--hours={hours:g}", lines[-1])
     return name, losses
 
 
@@ -74,5 +74,5 @@ def test_the_formula_meets_the_public_run_that_it_follows():
 def test_a_dry_run_with_hours_ends_in_advice_and_one_without_does_not(work):
     command = ("train.py", PROJECT / "config" / "train_fineweb_4070_overnight.py", "--dry_run",
                "--device_name=RTX 4070", "--n_tokens=700000000")
-    assert "advice     in 9 hours, config/" in script(*command, "--hours=9", cwd=work).stdout
+    assert "recipe after 9 hours:\n" in script(*command, "--hours=9", cwd=work).stdout
     assert "advice" not in script(*command, cwd=work).stdout
