@@ -161,15 +161,17 @@ def plan_of(cfg, machine, known_tokens=None):
                      resume.val_windows(cfg, None), known_tokens)
 
 
-def recipes(machine, known_tokens):
-    """{config file: Plan} of the recipes with Muon, whose losses can be predicted."""
-    plans = {}
-    for path in sorted(runtime.PROJECT.glob("config/train_fineweb_*.py")):
-        cfg = configure(TrainConfig, [str(path)])
-        if cfg.optimizer == "muon":
-            name = path.relative_to(runtime.PROJECT).as_posix()
-            plans[name] = plan_of(cfg, machine, known_tokens)
-    return plans
+def recipe_advice(cfg, machine, known_tokens):
+    """Which recipe is the best for cfg.hours on this machine, in words."""
+    if not machine.peak_flops or not known_tokens:
+        return ("advice     needs a card (--device_name='RTX 4070') and the size of the text "
+                "(--n_tokens=700_000_000)")
+    recipes = {}
+    for name in advice.RECIPES:
+        recipe = configure(TrainConfig, [str(runtime.PROJECT / advice.config_file(name))])
+        recipe = replace(recipe, compile=cfg.compile)
+        recipes[name] = plan_of(recipe, machine, known_tokens)
+    return advice.text(recipes, cfg.hours)
 
 
 def make_plan(cfg, network, saved, world):
@@ -193,8 +195,8 @@ def make_plan(cfg, network, saved, world):
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
     world.print(plan.text(run_plan))
-    if cfg.dry_run and cfg.hours and run_plan.speeds and known_tokens:
-        world.print(advice.text(recipes(machine, known_tokens), cfg.hours))
+    if cfg.dry_run and cfg.hours and not resume.goes_on(cfg):
+        world.print(recipe_advice(cfg, machine, known_tokens))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
         raise UserError(f"{'; '.join(reasons)}. --force starts it all the same")

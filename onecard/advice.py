@@ -10,7 +10,9 @@ import math
 
 from onecard import plan
 
+RECIPES = "64m", "evening", "overnight", "week"     # config/train_fineweb_4070_*.py
 MARGIN = 0.06                           # of a predicted loss, above and below
+LEAST = 0.1e9                           # tokens; for fewer, the formula is not meant
 
 
 def predicted_loss(blocks, tokens, unique):
@@ -19,41 +21,45 @@ def predicted_loss(blocks, tokens, unique):
     return 2.71 + 0.172 * (85e6 / blocks) ** 0.615 + 0.465 * (1e9 / worth) ** 0.295
 
 
-def tokens_in(recipe, hours, speed):
-    """Tokens that a recipe's Plan reads if its run is fitted to these hours."""
-    return max(plan.steps_in(recipe, 3600 * hours, speed), 1) * recipe.tokens_per_step
+def tokens_in(hours, speed):
+    """Tokens that a run reads in these hours, but for its evaluations (about 1 %)."""
+    return plan.SHARE_OF_STEPS * 3600 * hours * speed
 
 
 def loss_range(recipe, hours):
-    """(lowest, highest) predicted val loss of such a run."""
-    losses = [predicted_loss(recipe.size.blocks, tokens_in(recipe, hours, speed),
-                             recipe.data.train) for speed in recipe.speeds]
+    """(lowest, highest) val loss of a recipe's Plan, if its run is fitted to these hours."""
+    losses = [predicted_loss(recipe.size.blocks, tokens_in(hours, speed), recipe.data.train)
+              for speed in recipe.speeds]
     return min(losses) - MARGIN, max(losses) + MARGIN
 
 
-def nearest_recipes(recipes, hours):
-    """{network: config file}: of recipes with the same network, that for such a long run."""
-    def distance(path):
-        recipe = recipes[path]
-        usual = recipe.cfg.max_iters * recipe.tokens_per_step
-        return abs(math.log(usual / tokens_in(recipe, hours, recipe.speeds[0])))
-
-    fitting = [path for path, recipe in recipes.items()
-               if recipe.peak_memory <= recipe.machine.room]
-    fitting.sort(key=distance, reverse=True)        # the last one stays
-    return {recipes[path].size.network: path for path in fitting}
+def is_possible(recipe, hours):
+    """Whether a recipe has enough text, memory, and time for its shortest schedule."""
+    tokens = tokens_in(hours, recipe.speeds[0])
+    shortest = plan.with_steps(recipe.cfg, 0, 0).max_iters * recipe.tokens_per_step
+    has_room = recipe.peak_memory <= recipe.machine.room
+    return has_room and recipe.data.train >= LEAST and tokens >= max(shortest, LEAST)
 
 
 def text(recipes, hours):
-    """The best recipe as lines for people. `recipes` are {config file: Plan} on one machine."""
-    losses = {path: loss_range(recipes[path], hours)
-              for path in nearest_recipes(recipes, hours).values()}
-    if not losses:
-        return "advice     no recipe fits on this card"
-    ranking = sorted(losses, key=lambda path: sum(losses[path]))
-    lines = [f"advice     predicted val loss of each recipe after {hours:g} hours:"]
-    for path in ranking:
-        lowest, highest = losses[path]
-        lines.append(f"           {lowest:.2f} to {highest:.2f}  {path}")
-    lines.append(f"           best: python train.py {ranking[0]} --hours={hours:g}")
+    """The ranking as lines for people. `recipes` are {name: Plan} for one machine and one text."""
+    def rank(name):                     # evening and overnight differ only in their length
+        recipe = recipes[name]
+        usual = recipe.cfg.max_iters * recipe.tokens_per_step
+        middle = math.sqrt(math.prod(tokens_in(hours, speed) for speed in recipe.speeds))
+        return sum(loss_range(recipe, hours)), abs(math.log(usual / middle))
+
+    possible = [name for name, recipe in recipes.items() if is_possible(recipe, hours)]
+    if not possible:
+        return f"advice     none: no recipe is meant for {hours:g} hours with this card and text"
+    ranking = sorted(possible, key=rank)
+    lines = [f"advice     predicted val loss after {hours:g} hours:"]
+    for name in ranking:
+        lowest, highest = loss_range(recipes[name], hours)
+        lines.append(f"           {lowest:.2f} to {highest:.2f}  {name}")
+    lines.append(f"           lowest: python train.py {config_file(ranking[0])} --hours={hours:g}")
     return "\n".join(lines)
+
+
+def config_file(name):
+    return f"config/train_fineweb_4070_{name}.py"

@@ -272,9 +272,10 @@ def time_lines(plan):
 
 
 def hours_lines(plan):
-    if plan.cfg.hours == 0:
+    if plan.cfg.hours == 0 or plan.steps_before:        # a resumed run keeps its steps
         return []
-    fewest, most = (steps_in(plan, 3600 * plan.cfg.hours, speed) for speed in plan.speeds)
+    fewest, most = (with_steps(plan.cfg, steps_in(plan, 3600 * plan.cfg.hours, speed),
+                               plan.steps_before).max_iters for speed in plan.speeds)
     tokens = f"{amount(fewest * plan.tokens_per_step)} to {amount(most * plan.tokens_per_step)}"
     hours = f"{plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps = {tokens} tokens"
     return [f"hours      {hours}",
