@@ -40,7 +40,7 @@ class GPTConfig:
     tie_word_embeddings: bool = True    # the head shares the weights of the token embedding
     embed_norm: bool = False            # normalize the token embedding
     zero_init: bool = False             # start with the output projections at zero
-    rope_theta: float = 10000.0         # rotary: the slowest pair turns once in 2 pi x this
+    rope_theta: float = 10000.0         # rotary: a larger one turns slower, for longer contexts
 
     def __post_init__(self):
         in_range(1, 1000, self, "n_layer")
@@ -89,7 +89,7 @@ class GPTConfig:
     def model_args(self):
         """The dict in a checkpoint: nanoGPT's seven settings, and what differs from GPT-2's."""
         return {key: value for key, value in asdict(self).items()
-                if key in NANOGPT_ARGS or value != getattr(GPTConfig, key)}
+                if key in NANOGPT_ARGS or value != getattr(GPTConfig, key)}     # its default
 
     @property
     def head_size(self):
@@ -105,7 +105,7 @@ class GPTConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in fp32 whatever the dtype of the input: no gain is rounded."""
+    """torch's LayerNorm, computed in fp32 whatever the dtype of the input: no weight is rounded."""
 
     def forward(self, x):
         shape, weight, bias = self.normalized_shape, self.weight, self.bias
@@ -263,7 +263,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         x = self.transformer.drop(x)
         if product_dtype(x.device.type) is torch.bfloat16:
-            x = x.bfloat16()            # the blocks read and write half as much; fp16 may overflow
+            x = x.bfloat16()            # half the memory traffic; not for fp16, it may overflow
         for block in self.transformer.h:
             x = block(x, cos_sin, cache)
         return self.transformer.ln_f(x)
@@ -302,8 +302,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of forward and backward for a token of a full window; a multiply-add counts twice.
 
-        6 for each weight that is multiplied (blocks and head), and attention counted causally: a
-        token sees T / 2 others on average, which is 6 L C T. (PaLM's appendix B counts all T.)
+        6 for each weight that is multiplied (blocks and head), and 6 L C T for attention: half of
+        12 L C T (PaLM's appendix B), because a token sees T / 2 others on average.
         """
         c = self.config
         multiplied = self.lm_head.weight.numel() + sum(
@@ -323,25 +323,26 @@ class GPT(nn.Module):
         weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
                    if not name.endswith(MASKS)}
         shapes = {name: w.shape for name, w in self.state_dict().items()}
-        n_positions, positions = parts["model_args"]["block_size"], "transformer.wpe.weight"
-        if positions in shapes:
-            shapes[positions] = torch.Size((n_positions, self.config.n_embd))
+        saved_shapes = {name: getattr(w, "shape", None) for name, w in weights.items()}
+        wpe = "transformer.wpe.weight"
+        if wpe in shapes:               # the checkpoint may have more positions than this model
+            shapes[wpe] = torch.Size((parts["model_args"]["block_size"], self.config.n_embd))
         for name in sorted(shapes.keys() | weights.keys()):
-            ours, theirs = shapes.get(name), getattr(weights.get(name), "shape", None)
+            ours, theirs = shapes.get(name), saved_shapes.get(name)
             if ours != theirs:
                 raise UserError(f"this checkpoint is damaged or of another network: its {name} has "
                                 f"the shape {theirs}, and its model_args need {ours} (None: there "
                                 "is no such weight)")
         for name, weight in weights.items():
             if not (weight.is_floating_point() and weight.isfinite().all()):
-                raise UserError(f"the {name} of this model holds nan, infinity or no fractions: "
-                                "it cannot be used")
+                raise UserError(f"the {name} of this model holds nan, infinity or no "
+                                "floating-point numbers: it cannot be used")
         embedding, head = weights["transformer.wte.weight"], weights["lm_head.weight"]
         if self.config.tie_word_embeddings and not torch.equal(embedding, head):
             raise UserError("this model has a head of its own, and its settings say that the head "
                             "shares the weights of the token embedding")
-        if positions in weights:        # this model may have less context
-            weights[positions] = weights[positions][:self.config.block_size]
+        if wpe in weights:
+            weights[wpe] = weights[wpe][:self.config.block_size]
         self.load_state_dict(weights)
 
 

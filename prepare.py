@@ -92,7 +92,7 @@ def is_made_from(folder, inputs):
     meta = datafiles.read_meta(folder)          # None: made by nanoGPT, nobody knows from what
     with contextlib.suppress(KeyError, TypeError):      # it may have been edited
         if meta and comparison_key(meta) == comparison_key(inputs):
-            return len(present) == len(datafiles.NAMES)
+            return len(present) == len(datafiles.NAMES)     # False: a file is missing
     raise UserError(f"{folder} was prepared from other files or with other settings; --force "
                     "replaces it, --dataset=NAME writes to another folder")
 
@@ -107,7 +107,7 @@ def write_splits(files, cfg, writers, bar):
         writers["val"].add(batch, np.ones(len(batch.hashes), bool))
         bar.update(counts["bytes read"] - bar.n)
     for batch in encoder.encode(documents.batches(files["train"], cfg.text_column, counts), cfg):
-        is_val = batch.hashes < limit           # equal documents have equal hashes
+        is_val = batch.hashes < limit           # equal documents are on the same side
         is_in_both = np.isin(batch.hashes, val_hashes)      # only with --val
         writers["val"].add(batch, is_val)
         writers["train"].add(batch, ~is_val & ~is_in_both)

@@ -57,7 +57,7 @@ def encode_prompt(text, vocabulary, block_size):
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
     ids = vocabulary.encode(text).tolist()
-    if is_gpt2 or not ids:              # a model of characters begins after a new line
+    if is_gpt2 or not ids:              # characters: only an empty text needs a start, a new line
         ids = [vocabulary.start] + ids
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; "
@@ -106,7 +106,7 @@ def interact(model, vocabulary, cfg):
                 text += piece
                 print(piece, end="", flush=True)
             print()
-        except KeyboardInterrupt:       # drop what was typed, or stop this text and keep it
+        except KeyboardInterrupt:       # while typing: drop the line. While writing: stop
             print()
         except EOFError:
             print()

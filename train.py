@@ -39,9 +39,9 @@ class TrainConfig(GPTConfig):
     always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
     max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
-    hours: float = 0.0                  # fit max_iters to these hours, measured; 0 = as it is set
-    # scratch: a new model. resume: go on with the run in out_dir. FILE.pt: go on from this file.
-    # gpt2, or a folder of a run or of transformers: take its weights and begin at step 0
+    hours: float = 0.0                  # set max_iters so that the run takes this long; 0 = do not
+    # go on at the same step: resume (with the run in out_dir), FILE.pt
+    # take the weights and begin at step 0: gpt2, a folder of a run or of transformers
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
     force: bool = False                 # start even if the plan or the checkpoint does not fit
@@ -156,7 +156,7 @@ def size_of(network):
 def plan_of(cfg, machine, known_tokens=None):
     """The Plan of a new run on a machine."""
     size = size_of(GPTConfig.of(cfg))
-    fit = memory.choose(cfg, size, machine)
+    fit = memory.choose(cfg, size, machine)     # batch_size, chunk and recompute that fit
     return plan.Plan(replace(cfg, batch_size=fit.batch_size), size, machine, fit,
                      resume.val_windows(cfg, None), known_tokens)
 
@@ -179,11 +179,11 @@ def make_plan(cfg, network, saved, world):
     size = size_of(network)
     machine = cards.machine_of(world.device, world.dtype, world.size)
     val_windows = resume.val_windows(cfg, saved)
-    cfg = resume.with_fitted_steps(cfg, saved, world)
+    cfg = resume.with_fitted_steps(cfg, saved, world)       # max_iters of an earlier --hours
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
-    machine = replace(machine, room=min(world.gather(machine.room)))    # of the fullest GPU
+    machine = replace(machine, room=min(world.gather(machine.room)))    # the smallest of all GPUs
     fit = memory.choose(cfg, size, machine, resume.saved_fit(cfg, saved))
     cfg = replace(cfg, batch_size=fit.batch_size)
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
@@ -191,7 +191,7 @@ def make_plan(cfg, network, saved, world):
                         f"cannot share in micro-batches of {cfg.batch_size}")
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
     run_plan = plan.Plan(cfg, size, machine, fit, val_windows, known_tokens)
-    if resume.goes_on(cfg):             # resume or FILE.pt: only the other steps cost time
+    if resume.goes_on(cfg):             # resume or FILE.pt: only the remaining steps cost time
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
     world.print(plan.text(run_plan))
@@ -199,7 +199,8 @@ def make_plan(cfg, network, saved, world):
         world.print(recipe_advice(cfg, machine, known_tokens))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
-        raise UserError(f"{'; '.join(reasons)}. --force starts it all the same")
+        why = "; ".join(reasons) or "another process has not enough, as it says itself"
+        raise UserError(f"{why}. --force starts it all the same")
     for reason in reasons:
         world.print(f"warning    {reason}")
     return cfg, run_plan
@@ -217,17 +218,17 @@ def open_data(cfg, network, saved, world):
     return train_data, val_data, vocabulary
 
 
-def make_state(cfg, network, saved, fixed, world):
+def make_state(cfg, network, saved, fixed_parts, world):
     """The State of the run: new, or as the checkpoint `saved` has it."""
     torch.manual_seed(cfg.seed)
     model = GPT(network)
-    model.loss_chunk = fixed["fit"]["chunk"]    # tokens whose logits exist at the same time
+    model.loss_chunk = fixed_parts["fit"]["chunk"]  # tokens whose logits exist at the same time
     if saved:
         model.load_weights(saved)
     model.to(world.device)
     optimizer = optim.configure_optimizer(model, cfg, world.device, world.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
-    state = State(model, optimizer, scaler, Progress(), fixed)
+    state = State(model, optimizer, scaler, Progress(), fixed_parts)
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
     if resume.goes_on(cfg):                     # optimizer, step, random numbers
         resume.restore(state, saved, cfg, world)
@@ -238,7 +239,10 @@ def make_state(cfg, network, saved, fixed, world):
 
 @torch.no_grad()
 def evaluate(batches, model, val_data, n_windows):
-    """Mean loss over the first `n_windows` of val: the same ones every time."""
+    """Mean loss over the first `n_windows` of val: the same ones every time.
+
+    Of `batches`, only the size of a micro-batch and the world are used.
+    """
     model.eval()
     losses, counts = [], []
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
@@ -249,7 +253,7 @@ def evaluate(batches, model, val_data, n_windows):
         losses.append(loss)
         counts.append(n)
     model.train()
-    losses, counts = torch.stack(losses).float(), torch.tensor(counts, device=idx.device)
+    losses, counts = torch.stack(losses).float(), torch.tensor(counts, device=loss.device)
     sums = torch.stack([(losses * counts).sum(), counts.sum()])
     loss_sum, n_sum = batches.world.sum(sums)                   # over all ranks
     return (loss_sum / n_sum).item()
@@ -260,7 +264,8 @@ def sample(model, vocabulary, cfg, world):
 
     None of the run's random numbers is used.
     """
-    if vocabulary.n_vocab is None or not (cfg.sample_tokens and world.is_main):
+    can_decode = vocabulary.n_vocab is not None
+    if not (can_decode and cfg.sample_tokens and world.is_main):
         return ""
     model.eval()
     with world.autocast():
@@ -309,7 +314,8 @@ def fit_to_hours(cfg, log, progress, world):
     run_plan = log.measured_plan()
     seconds_left = 3600 * (cfg.hours - log.hours())
     steps = plan.steps_in(run_plan, seconds_left, run_plan.measured)
-    cfg = plan.with_steps(cfg, world.gather(steps)[0], progress.step)
+    steps = world.gather(steps)[0]      # all ranks take those of the first one
+    cfg = plan.with_steps(cfg, steps, progress.step)
     progress.fitted_hours = cfg.hours
     log.follow(replace(run_plan, cfg=cfg))
     world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
@@ -327,7 +333,7 @@ def update(optimizer, scaler):
         raise UserError("out of memory in the optimizer, which needs as much with every batch_size."
                         " A smaller n_layer or n_embd fits; ckpt.pt is as it was") from None
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)       # frees them before an evaluation
+    optimizer.zero_grad(set_to_none=True)       # frees the gradients before an evaluation
 
 
 def main(cfg):
@@ -350,11 +356,12 @@ def main(cfg):
     # i. Step s takes the windows from s * windows_per_step on, so a resumed run needs only its step
     train_data, val_data, vocabulary = open_data(cfg, network, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
-    n_look = min(n_val, cfg.batch_size)                        # of a short look before a save
+    n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
 
     # model, optimizer, loss scaler, step
-    fixed = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
-    state = make_state(cfg, network, saved, fixed, world)
+    # goes into every checkpoint of the run
+    fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
+    state = make_state(cfg, network, saved, fixed_parts, world)
     model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress
     del saved                                   # as large as the model and its optimizer
     first_step = progress.step
@@ -399,13 +406,13 @@ def main(cfg):
         stable = optim.is_before_cooldown(step, cfg)
         overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
         if trained and world.any(ending or worth_saving or stable or overdue):
-            if not evaluates:                   # no broken model may be saved
-                progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_look)
+            if not evaluates:                   # is it broken? A few windows show it
+                progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, progress.val_loss)
             train_data.check_unchanged()
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
-            log.flush()                         # in place of an older run's, from now on
+            log.flush()                         # only now replace the log of an older run
             saved_time = time.monotonic()
         if ending:
             break
@@ -423,13 +430,13 @@ def main(cfg):
         update(optimizer, scaler)
         progress.step += 1
         log.step(progress.step, loss, lr, grad_norm, time.monotonic() - started)
-        if log.just_measured and cfg.hours not in (0, progress.fitted_hours):
+        if log.just_measured and cfg.hours and cfg.hours != progress.fitted_hours:
             cfg = fit_to_hours(cfg, log, progress, world)
 
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, cfg, world)
+    resume.check_saved(progress, cfg, world)    # an error if the last save failed
 
 
 if __name__ == "__main__":

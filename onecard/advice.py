@@ -22,7 +22,7 @@ def predicted_loss(blocks, tokens, unique):
 
 
 def tokens_in(hours, speed):
-    """Tokens that a run reads in these hours, but for its evaluations (about 1 %)."""
+    """Tokens that a run reads in these hours. Its evaluations (about 1 %) are ignored."""
     return plan.SHARE_OF_STEPS * 3600 * hours * speed
 
 
@@ -36,14 +36,15 @@ def loss_range(recipe, hours):
 def is_possible(recipe, hours):
     """Whether a recipe has enough text, memory, and time for its shortest schedule."""
     tokens = tokens_in(hours, recipe.speeds[0])
-    shortest = plan.with_steps(recipe.cfg, 0, 0).max_iters * recipe.tokens_per_step
+    fewest_steps = plan.with_steps(recipe.cfg, max_iters=0, step=0).max_iters
+    shortest = fewest_steps * recipe.tokens_per_step
     has_room = recipe.peak_memory <= recipe.machine.room
     return has_room and recipe.data.train >= LEAST and tokens >= max(shortest, LEAST)
 
 
 def text(recipes, hours):
     """The ranking as lines for people. `recipes` are {name: Plan} for one machine and one text."""
-    def rank(name):                     # evening and overnight differ only in their length
+    def rank(name):                     # of equal losses, the recipe that is usually so long
         recipe = recipes[name]
         usual = recipe.cfg.max_iters * recipe.tokens_per_step
         middle = math.sqrt(math.prod(tokens_in(hours, speed) for speed in recipe.speeds))

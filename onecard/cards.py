@@ -14,7 +14,8 @@ KERNEL_BYTES = 0.3 * 2**30              # of the kernels that a run loads (H100:
 SCREEN_GIB = 1, 3                       # what a desktop and its browser take of a card
 
 UNKNOWN = (0.25, 0.8)                   # share of the peak, if no log is of a card like it
-OWN_MARGIN, LIKE_MARGIN = (0.9, 1.1), (0.6, 1.15)       # around logs, which are of other code
+# around the logs, of other code: of this card, and of cards that are like it
+OWN_MARGIN, LIKE_MARGIN = (0.9, 1.1), (0.6, 1.15)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def usual_share(card, n_embd, tokens):
         low, high = LIKE_MARGIN[0] * min(shares), LIKE_MARGIN[1] * max(shares)
         source = "by logs of cards with as many bytes a FLOP"
     low *= min(n_embd / widths[0], 1)   # narrower models wait for memory and for launches
-    if tokens < 6000:                   # logs of 2 to 4 thousand tokens show 40 to 49 %, not 74
+    if tokens < 6000:                   # logs show 40 to 49 % of the peak, of larger ones 74 %
         low *= 0.6
     return low, min(high, UNKNOWN[1]), source
 

@@ -81,7 +81,7 @@ class Writer:
 
     def __init__(self, model, draw, n_vocab, fixed_shapes):
         self.model, self.draw, self.n_vocab = model, draw, n_vocab
-        # not the compiled one of a run that trains: it would be compiled again for each length
+        # of the class: a run that trains has compiled model.hidden, which would compile each length
         self.hidden = functools.partial(type(model).hidden, model)
         self.device, length = model.lm_head.weight.device, model.config.block_size
         self.cache = KVCache(model.config, 1, self.device, product_dtype(self.device.type), length,
@@ -95,7 +95,7 @@ class Writer:
 
     def read(self, ids):
         """Read a text, and choose the first token after it."""
-        n = len(self.numbers) - len(ids)        # until the context is full
+        n = len(self.numbers) - len(ids)        # one for each free place, and one more
         self.numbers[:n] = torch.rand(n, generator=self.generator)
         self.n_chosen.zero_()
         ids = torch.tensor(ids, device=self.device)
@@ -141,7 +141,7 @@ def generate(model, ids, max_new_tokens, draw, n_vocab, fixed_shapes=None):
     ids = list(ids[-block_size:])
     for n in range(max_new_tokens):
         if n == 0 or len(ids) > block_size:
-            if n > 0:
+            if len(ids) > block_size:
                 ids = ids[-max(block_size // 2, 1):]
             writer.read(ids)
         elif graph:
@@ -181,4 +181,4 @@ def pick(logits, in_text, u, draw):
     # p divides the line from 0 to its sum into pieces, one a token; u points into one of them
     ends = p.cumsum(0)
     index = torch.searchsorted(ends, u * ends[-1], right=True)      # right: never an empty piece
-    return ids[index.clamp(max=len(ids) - 1)]
+    return ids[index.clamp(max=len(ids) - 1)]       # rounding may point behind the end

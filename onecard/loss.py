@@ -42,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 product = product_in_fp32(logits.T, x_c)                      # (V, C)
                 grad_w = product if grad_w is None else grad_w.add_(product)
                 del product
-            del logits                  # before the next ones are made
+            del logits                  # and product: before the next ones are made
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_w, n_counted)
             ctx.x_dtype = x.dtype
@@ -53,7 +53,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_w, n_counted = ctx.saved_tensors
         scale = grad_loss / n_counted
         grad_x = grad_x.to(ctx.x_dtype) * scale
-        grad_w.mul_(scale)              # in place: a second backward is an error, not a copy
+        grad_w.mul_(scale)              # in place saves a copy; a second backward is an error
         return grad_x, grad_w, None, None, None, None, None
 
 
@@ -83,7 +83,7 @@ def loss_of_logits(logits, targets, counts, needs_grad):
 
 
 def product_in_fp32(a, b):
-    """a @ b, rounded to fp32 only; of numbers in fp64 in fp64."""
+    """a @ b in fp32 (fp64 stays fp64). In bf16, CPUs and MPS round to bf16 first."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.device.type == "cuda":

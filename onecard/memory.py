@@ -18,8 +18,9 @@ from onecard.loss import SMALLEST_CHUNK
 FRAGMENTATION = 1.05                    # what CUDA's allocator holds, of what is alive (H100: 1.03)
 MAX_WINDOWS = 2**12                     # of a micro-batch that is looked for
 MAX_TOKENS = {"cuda": 2**16, "mps": 2**13, "cpu": 2**13}    # of a micro-batch; more is no faster
-# bytes that an RTX 4070 moves while it computes one FLOP: 454 GB/s, 37 TFLOP/s
+# bytes that an RTX 4070 really moves while it computes one FLOP: 454 GB/s, 37 TFLOP/s
 BYTES_PER_FLOP = 1 / 80
+SLACK = 0.005                           # of the time of a token
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Fit:
 
 
 def choose(cfg, size, machine, saved=None):
-    """The smallest Fit that is at most 0.5 % slower than the fastest with room.
+    """The smallest Fit with room that is at most half a per cent slower than the fastest.
 
     A resumed run keeps the one that it had (`saved`, a dict) if there is room for it: another one
     rounds otherwise.
@@ -47,7 +48,7 @@ def choose(cfg, size, machine, saved=None):
         if asdict(fit) == saved:
             return fit
     if traffics:
-        limit = min(traffics.values()) + 0.005 * BYTES_PER_FLOP * size.flops_per_token
+        limit = min(traffics.values()) + SLACK * BYTES_PER_FLOP * size.flops_per_token
         fits = [fit for fit in traffics if traffics[fit] <= limit]
     return min(fits, key=memory.get)
 
@@ -69,7 +70,7 @@ def fits_of(cfg, batch_size):
     """Every way to compute micro-batches of `batch_size` windows."""
     tokens = batch_size * cfg.block_size
     n_chunks = [1]
-    while tokens / n_chunks[-1] >= 2 * SMALLEST_CHUNK:
+    while tokens / (2 * n_chunks[-1]) >= SMALLEST_CHUNK:
         n_chunks.append(2 * n_chunks[-1])
     chunks = [math.ceil(tokens / n / 128) * 128 for n in n_chunks]      # 128: a tile of a product
     recomputes = {"auto": (False, True), "no": (False,), "yes": (True,)}[cfg.recompute]
@@ -86,7 +87,7 @@ def traffic(cfg, size, fit):
     c, tokens = size.network, fit.batch_size * cfg.block_size
     n_chunks = math.ceil(tokens / fit.chunk)
     # of each micro-batch. A weight is cast to bf16 (6 bytes), and its gradient to fp32 and added to
-    # that of the step before (18); the head's is added up and scaled, too
+    # that of the micro-batch before (18). The head's is added up over chunks (16), and scaled
     weights = 24 * size.blocks + (14 + 16 * n_chunks) * c.vocab_size * c.n_embd
     recomputed = 0
     if fit.recompute:
@@ -132,8 +133,8 @@ def kept_by_layer(c, dtype, compiled, recompute):
     # the stream, before attention and before the MLP: what their norms read
     if compiled and dtype is torch.bfloat16:
         n_bytes += 4 * C
-    else:
-        n_bytes += 8 * C                # in fp32
+    else:                               # in fp32, beside fp16, too
+        n_bytes += 8 * C
     if c.dropout:
         n_bytes += 2 * C                # which numbers were dropped, in bytes
     if not compiled:                    # a product's factors, even if they are quickly made again
@@ -142,7 +143,7 @@ def kept_by_layer(c, dtype, compiled, recompute):
         if c.qk_norm and itemsize == 2:
             n_bytes += 8 * C            # queries and keys in fp32
         if c.dropout:
-            n_bytes += 2 * C            # what was dropped, in an order that attention needs
+            n_bytes += 2 * C            # what was dropped, copied for attention
     return n_bytes
 
 
@@ -158,8 +159,8 @@ def needed_by_loss(c, tokens, chunk, itemsize, compiled):
     logit = itemsize                    # it becomes its own gradient
     if itemsize == 2 and not compiled:
         logit = 6                       # in fp32, and once more in bf16
-    head = 6
+    head = 2 + 4                        # its weight in bf16, and its gradient in fp32
     if chunk < tokens:
-        head = 10                       # the sum of the chunks' gradients, and the next one
+        head += 4                       # the sum of the chunks' gradients, and the next one
     n_logits = min(chunk, tokens) * c.vocab_size
     return 3 * itemsize * tokens * c.n_embd + logit * n_logits + head * c.vocab_size * c.n_embd

@@ -51,7 +51,7 @@ class Plan:
         return self.cfg.windows_per_step * self.cfg.block_size
 
     @property
-    def steps(self):
+    def steps_left(self):
         """Steps that are left."""
         return max(self.cfg.max_iters - self.steps_before, 0)
 
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def checkpoint(self):
-        """Bytes of one: in fp32, weights and AdamW's two averages; Muon has one of a matrix."""
+        """Bytes of one: weights and AdamW's two averages in fp32; Muon keeps one of a matrix."""
         if self.cfg.optimizer == "muon":
             return 12 * self.size.total - 4 * self.size.blocks
         return 12 * self.size.total
@@ -117,11 +117,11 @@ def seconds(plan, speed):
     cfg = plan.cfg
     step = plan.tokens_per_step / speed
     n_evaluations = cfg.max_iters // cfg.eval_interval - plan.steps_before // cfg.eval_interval
-    if plan.steps and cfg.max_iters % cfg.eval_interval:
+    if plan.steps_left and cfg.max_iters % cfg.eval_interval:
         n_evaluations += 1              # at the last step
     if plan.steps_before == 0:
         n_evaluations += 1              # before the first one
-    return step, plan.steps * step + n_evaluations * evaluation_seconds(plan, speed)
+    return step, plan.steps_left * step + n_evaluations * evaluation_seconds(plan, speed)
 
 
 def evaluation_seconds(plan, speed):
@@ -136,8 +136,8 @@ def steps_in(plan, seconds_left, speed):
     """How many steps the run has in all if it ends in `seconds_left`, evaluations included."""
     evaluation = evaluation_seconds(plan, speed)
     of_each_step = plan.tokens_per_step / speed + evaluation / plan.cfg.eval_interval
-    seconds_left = SHARE_OF_STEPS * seconds_left - evaluation       # the last one
-    return plan.steps_before + max(int(seconds_left / of_each_step), 0)
+    for_steps = SHARE_OF_STEPS * seconds_left - evaluation      # the last one, after all steps
+    return plan.steps_before + max(int(for_steps / of_each_step), 0)
 
 
 def with_steps(cfg, max_iters, step):
@@ -147,7 +147,7 @@ def with_steps(cfg, max_iters, step):
     """
     fewest = max(step, cfg.warmup_iters) + 1
     if cfg.lr_schedule == "wsd" and cfg.cooldown < 1:
-        fewest = math.ceil(fewest / (1 - cfg.cooldown)) + 1
+        fewest = math.ceil(fewest / (1 - cfg.cooldown)) + 1     # cooldown: the last share of them
     max_iters = max(max_iters, fewest)
     if cfg.lr_schedule == "cosine":
         return replace(cfg, max_iters=max_iters, lr_decay_iters=max_iters)
@@ -206,17 +206,18 @@ def text(plan):
 
 
 def run_lines(plan):
-    cfg, run = plan.cfg, plan.tokens_per_step * plan.cfg.max_iters
-    line = f"run        {cfg.max_iters:,} steps = {amount(run)} tokens = "
+    cfg, run_tokens = plan.cfg, plan.tokens_per_step * plan.cfg.max_iters
+    line = f"run        {cfg.max_iters:,} steps = {amount(run_tokens)} tokens = "
     if plan.data is None:
         return [f"{line}- epochs"]
     unique = max((plan.data.train - 1) // cfg.block_size, 1) * cfg.block_size   # whole windows
-    epochs = number(run / unique)
+    epochs = number(run_tokens / unique)
     lines = [f"{line}{epochs} epochs"]
-    if run > unique:
-        worth = amount(effective_tokens(unique, run))
-        lines.append(f"           {amount(unique)} tokens are new and {amount(run - unique)} "
-                     f"repeated: worth {worth} new ones (Muennighoff et al. 2023)")
+    if run_tokens > unique:
+        worth = amount(effective_tokens(unique, run_tokens))
+        repeated = amount(run_tokens - unique)
+        lines.append(f"           {amount(unique)} tokens are new and {repeated} repeated: worth "
+                     f"{worth} new ones (Muennighoff et al. 2023)")
     steps = max(4 * unique // plan.tokens_per_step, 1)
     settings, optimal = f"--max_iters={steps}", "more than this data can be worth"
     if cfg.lr_schedule == "cosine":
@@ -225,7 +226,7 @@ def run_lines(plan):
         optimal = f"{math.ceil(tokens / plan.tokens_per_step):,} steps"
     lines.append(f"           4 epochs: {settings}; compute-optimal (worth "
                  f"{TOKENS_PER_PARAMETER} new tokens a parameter): {optimal}")
-    if run > 16 * unique:
+    if run_tokens > 16 * unique:
         lines.append(f"warning    {epochs} epochs: about 4 are nearly as good as new text, and "
                      "past about 16 another one adds next to nothing")
     return lines
@@ -237,8 +238,8 @@ def memory_lines(plan):
         margin = f"{gib(room - plan.peak_memory)} to spare"
     lines = [f"memory     needs {gib(plan.peak_memory)}, {gib(room)} are free for it: {margin}"]
     if plan.cfg.device_name:
-        left = [room - n * GIB for n in cards.SCREEN_GIB]
-        line = f"           with a screen on this card, {gib(left[1])} to {gib(left[0])} are free"
+        most, least = (room - n * GIB for n in cards.SCREEN_GIB)
+        line = f"           with a screen on this card, {gib(least)} to {gib(most)} are free"
         if plan.cfg.tokens_per_step:
             line += "; batch_size = 0 chooses less then"
         lines.append(line)
@@ -260,7 +261,7 @@ def time_lines(plan):
     longest_step, longest = seconds(plan, slow)
     shortest_step, shortest = seconds(plan, fast)
     step, total = period(shortest_step, longest_step), period(shortest, longest)
-    line = f"{total}: {plan.steps:,} steps of {step} ({tflop} TFLOP) and the evaluations"
+    line = f"{total}: {plan.steps_left:,} steps of {step} ({tflop} TFLOP) and the evaluations"
     if plan.measured:
         return [f"time       {line}, at {fast:,.0f} tokens/s as measured"]
     peak = plan.machine.count * plan.machine.peak_flops
@@ -274,8 +275,8 @@ def time_lines(plan):
 def hours_lines(plan):
     if plan.cfg.hours == 0 or plan.steps_before:        # a resumed run keeps its steps
         return []
-    fewest, most = (with_steps(plan.cfg, steps_in(plan, 3600 * plan.cfg.hours, speed),
-                               plan.steps_before).max_iters for speed in plan.speeds)
+    all_steps = [steps_in(plan, 3600 * plan.cfg.hours, speed) for speed in plan.speeds]
+    fewest, most = (with_steps(plan.cfg, steps, step=0).max_iters for steps in all_steps)
     tokens = f"{amount(fewest * plan.tokens_per_step)} to {amount(most * plan.tokens_per_step)}"
     hours = f"{plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps = {tokens} tokens"
     return [f"hours      {hours}",

@@ -13,7 +13,7 @@ from onecard.files import lock, write_text
 from onecard.settings import UserError, config_text
 
 FILES = (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl", "eval.json")
-USUAL_BATCH = 12                        # windows of val in one of eval_iters, if batch_size = 0
+USUAL_BATCH = 12                        # windows in each of eval_iters, if batch_size = 0
 
 
 @dataclass
@@ -21,10 +21,10 @@ class Progress:
     """How far a run is."""
     step: int = 0
     saved_step: int = 0                 # of the newest checkpoint
-    val_loss: float = math.inf          # of the last evaluation, or of a short look before a save
+    val_loss: float = math.inf          # of the last evaluation, or of a check before a save
     best_val_loss: float = math.inf     # of best.pt
     hours: float = 0.0
-    waits: bool = False                 # until its first save, as files of a run are in its folder
+    holds_old_run: bool = False         # out_dir has another run's files until the first save
     wandb_id: str = ""
     fitted_hours: float = 0.0           # the setting `hours` to which max_iters was fitted
 
@@ -52,7 +52,7 @@ def first_checkpoint(cfg, world):
     if world.is_main and Path(cfg.out_dir).is_dir() and not (cfg.eval_only or cfg.dry_run):
         lock(cfg.out_dir, "training")           # before its checkpoint is read
     used = files_of_run(cfg, (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE))
-    if used and not (same_run(cfg) or cfg.overwrite or cfg.eval_only or cfg.dry_run):
+    if used and not (in_own_folder(cfg) or cfg.overwrite or cfg.eval_only or cfg.dry_run):
         name = "resume" if used[0].name == checkpoint.NEWEST else used[0]
         raise UserError(f"{cfg.out_dir} holds a run ({used[0].name}). --init_from={name} goes on "
                         "with it, --out_dir=OTHER starts beside it, --overwrite replaces it")
@@ -69,7 +69,7 @@ def files_of_run(cfg, names):
     return [Path(cfg.out_dir) / name for name in names if (Path(cfg.out_dir) / name).is_file()]
 
 
-def same_run(cfg):
+def in_own_folder(cfg):
     """Whether the run goes on from a checkpoint that lies in its own folder."""
     if cfg.init_from == "resume":
         return True
@@ -83,7 +83,7 @@ def open_folder(cfg, progress):
     if not used and files_of_run(cfg, ["config.py"]):
         raise UserError(f"{cfg.out_dir} holds a config.py, which a run would replace; set another "
                         "--out_dir")
-    progress.waits = bool(used) and cfg.init_from != "resume"
+    progress.holds_old_run = bool(used) and cfg.init_from != "resume"
 
 
 def make_folder(cfg):
@@ -140,15 +140,15 @@ def with_fitted_steps(cfg, saved, world):
                    lr_decay_iters=saved["config"]["lr_decay_iters"])
 
 
-def check_same_run(state, parts, cfg):
+def check_settings(state, parts, cfg):
     """Raise UserError if a checkpoint cannot go on with these settings on this data."""
     saved = parts.get("config", {})     # the settings that the run was started with
     config_class = type(state.model.config)
     ours = {**asdict(config_class.of(cfg)), "optimizer": cfg.optimizer}
-    theirs = {**asdict(config_class(**parts["model_args"])), "optimizer": "adamw"}
+    theirs = {**asdict(config_class(**parts["model_args"])), "optimizer": "adamw"}  # of nanoGPT
     # the first version saved None for a setting that was derived from others
     theirs |= {name: saved[name] for name in theirs if saved.get(name) is not None}
-    for name in ("dropout", "vocab_size"):      # may change; a character dataset has its own
+    for name in ("dropout", "vocab_size"):      # dropout may change; the dataset has vocab_size
         del ours[name]
     refuse(differences(theirs, ours), "Give the settings of that run, or another --out_dir")
     if cfg.force:
@@ -161,7 +161,8 @@ def check_same_run(state, parts, cfg):
 def check_rate(step, saved, cfg):
     """Raise UserError if the learning rate of a run would rise again within its decay."""
     known = {name: value for name, value in saved.items() if value is not None}
-    old = SimpleNamespace(**{**asdict(type(cfg)()), **known})   # nanoGPT has fewer settings
+    defaults = asdict(type(cfg)())      # nanoGPT has fewer settings
+    old = SimpleNamespace(**(defaults | known))
     before, now = optim.lr_at(step, old), optim.lr_at(step, cfg)
     decays = step > old.warmup_iters and before < old.learning_rate
     if decays and cfg.hours not in (0, old.hours):
@@ -194,7 +195,7 @@ def save(state, cfg, world, is_best, is_stable):
     gc.collect()                                # the training loop has switched it off
     rng = world.gather(runtime.rng_state(world.device))
     model, progress, out_dir = state.model, state.progress, Path(cfg.out_dir)
-    replaces = progress.waits and not same_run(cfg)
+    replaces = progress.holds_old_run and not in_own_folder(cfg)
     best_val_loss, copies = progress.best_val_loss, []
     if is_best:
         best_val_loss = progress.val_loss
@@ -218,15 +219,18 @@ def save(state, cfg, world, is_best, is_stable):
             return
         finish_folder(cfg, world, replaces, is_stable)
     progress.best_val_loss, progress.saved_step = best_val_loss, progress.step
-    progress.waits = False
+    progress.holds_old_run = False
 
 
 def finish_folder(cfg, world, replaces, is_stable):
     """Write config.py beside a new checkpoint, and remove what an older run left."""
     try:
         write_text(Path(cfg.out_dir) / "config.py", config_text(cfg))
-        for file in files_of_run(cfg, ("log.jsonl", "eval.json", checkpoint.STABLE)):
-            if replaces and not (is_stable and file.name == checkpoint.STABLE):
+        old_files = ["log.jsonl", "eval.json"]
+        if not is_stable:               # then this file is of the new run
+            old_files.append(checkpoint.STABLE)
+        if replaces:
+            for file in files_of_run(cfg, old_files):
                 file.unlink()
     except OSError as error:
         world.print(f"warning    {error}")
@@ -241,7 +245,7 @@ def check_saved(progress, cfg, world):
 
 def restore(state, parts, cfg, world):
     """Give `state` the optimizer, loss scale, random numbers and progress of a checkpoint."""
-    check_same_run(state, parts, cfg)
+    check_settings(state, parts, cfg)
     optim.load_state(state.optimizer, parts["optimizer"])
     try:
         if state.scaler.is_enabled() and parts.get("scaler"):
@@ -254,7 +258,7 @@ def restore(state, parts, cfg, world):
     progress = state.progress
     progress.step = progress.saved_step = max(parts["iter_num"], 0)
     progress.hours = parts.get("hours", 0.0)
-    if same_run(cfg):
+    if in_own_folder(cfg):
         # best.pt may be of a later step than `parts`, and stays until a better one comes
         progress.best_val_loss = checkpoint.best_loss(cfg.out_dir)
         progress.wandb_id = parts.get("wandb_id", "")

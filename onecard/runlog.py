@@ -20,7 +20,7 @@ from onecard.settings import UserError, import_package
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
 STEPS_TO_MEASURE = 20                   # after the first one, which compiles
 NEXT = """Next:
-    python sample.py --out_dir={out_dir}   # what it writes
+    python sample.py --out_dir={out_dir}   # let it write
     python eval.py --out_dir={out_dir}     # how good it is, text by text
     python plot.py {out_dir}               # its loss as a picture, {out_dir}/loss.png"""
 
@@ -72,7 +72,8 @@ class RunLog:
         self.slow_seconds, self.said_slow = 0.0, False
         self.drawn = self.started           # when the last loss.png was drawn
         self.is_open, self.is_behind = False, False
-        self.kept, self.unwritten = None, b""   # lines of log.jsonl that are not on the disk
+        self.kept = None                # lines that log.jsonl had before, until they are rewritten
+        self.unwritten = b""            # new lines that are not on the disk yet
         self.bar, self.trackers = None, []
 
     def open(self, data):
@@ -83,7 +84,7 @@ class RunLog:
         if self.cfg.tensorboard_log:
             self.trackers.append(TensorBoard(self.cfg, self.first_step))
         # a killed run may have logged steps after its last checkpoint: they will come again
-        entries = read_log(self.path) if resume.same_run(self.cfg) else []
+        entries = read_log(self.path) if resume.in_own_folder(self.cfg) else []
         self.kept = "".join(json.dumps(entry) + "\n" for entry in entries
                             if entry["step"] <= self.first_step)
         self.is_open = True
@@ -103,7 +104,7 @@ class RunLog:
 
     def flush(self):
         """Write the lines that are waiting. What the disk does not take is tried again later."""
-        if self.progress.waits or not self.unwritten:       # log.jsonl may be of an older run
+        if self.progress.holds_old_run or not self.unwritten:       # log.jsonl is the old run's
             return
         try:
             if self.kept is not None:
@@ -151,7 +152,7 @@ class RunLog:
     def draw(self):
         """loss.png of this run, if matplotlib is installed. A picture never stops a run."""
         self.drawn = time.monotonic()
-        if self.progress.waits:
+        if self.progress.holds_old_run:
             return
         try:
             entries = read_log(self.path)
@@ -213,7 +214,7 @@ class RunLog:
             self.write(step=self.progress.step, event="hours", max_iters=self.cfg.max_iters)
 
     def compare_with_plan(self, step):
-        """Log the measured speed; say it once if the plan's range is off by over a tenth."""
+        """Log the measured speed; say it if the plan had none, or is off by over a tenth."""
         run_plan = self.measured_plan()
         measured = run_plan.measured
         predicted = self.plan.speeds or (None, None)
@@ -227,8 +228,9 @@ class RunLog:
 
     def warn_of_slow_steps(self, seconds):
         """Say it once if steps take twice as long as usual for a minute."""
-        self.slow_seconds += seconds
-        if not self.recent or seconds < 2 * statistics.median(self.recent):
+        if self.recent and seconds >= 2 * statistics.median(self.recent):
+            self.slow_seconds += seconds
+        else:
             self.slow_seconds = 0.0
         if self.slow_seconds > 60 and not self.said_slow:
             self.said_slow = True
@@ -281,7 +283,7 @@ class RunLog:
             advice = NEXT.format(out_dir=self.out_dir)
         elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
-        if self.progress.waits or not (self.out_dir / "ckpt.pt").is_file():
+        if self.progress.holds_old_run or not (self.out_dir / "ckpt.pt").is_file():
             advice = "Nothing was saved"
         print(f"{reason} at step {step:,} after {self.hours():.2f} hours, best val loss {best}. "
               f"{advice}")
