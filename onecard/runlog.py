@@ -18,6 +18,7 @@ from onecard.files import write_text
 from onecard.settings import UserError, import_package
 
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
+SECONDS_BETWEEN_LINES = 10              # where no terminal shows a bar
 STEPS_TO_MEASURE = 20                   # after the first one, which compiles
 NEXT = """Next:
     python sample.py --out_dir={out_dir}   # let it write
@@ -71,6 +72,7 @@ class RunLog:
         self.recent = deque(maxlen=200)     # seconds of the last steps
         self.slow_seconds, self.said_slow = 0.0, False
         self.drawn = self.started           # when the last loss.png was drawn
+        self.printed = -math.inf            # when the last line of a step was printed
         self.is_open, self.is_behind = False, False
         self.kept = None                # lines that log.jsonl had before, until they are rewritten
         self.unwritten = b""            # new lines that are not on the disk yet
@@ -190,9 +192,10 @@ class RunLog:
         self.write(step=step, tokens=tokens, epoch=epoch, train_loss=loss, lr=lr,
                    grad_norm=grad_norm, tokens_per_s=rate, mfu=mfu, hours=self.hours())
         self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu}, step)
-        if self.bar.disable:                # no terminal: a line in the place of the bar
+        if self.bar.disable and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
             line = ", ".join(f"{name} {number}" for name, number in numbers.items())
             print(f"step {step:,}/{self.cfg.max_iters:,}: {line}, {self.time_left(step)} left")
+            self.printed = time.monotonic()
         self.seconds, self.n_timed = 0.0, 0
 
     @property

@@ -42,6 +42,12 @@ def test_a_run_goes_on_when_nothing_can_be_printed(tiny, command):
     assert len(read_log("out/log.jsonl")) == 2 + 30 + 7     # and where it began, and its speed
 
 
+def test_without_a_terminal_steps_are_printed_every_ten_seconds_at_most(tiny):
+    done = shell("{train}", max_iters=60, lr_decay_iters=60, eval_interval=30)
+    assert re.findall(r"^step (\d+)/60: loss", done.stdout, re.M) == ["1"]     # and then it ended
+    assert len(read_log("out/log.jsonl")) == 2 + 60 + 3         # nothing is left out there
+
+
 def test_ctrl_c_saves_although_it_ends_the_reader_of_the_pipe_too(tiny):
     process = start(tiny, max_iters=10**6, lr_decay_iters=10**6)
     wait_for(process, "step 10/")

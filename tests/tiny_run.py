@@ -46,9 +46,19 @@ def arguments(**settings):
     return [f"--{key}={value}" for key, value in {**TINY, **settings}.items()]
 
 
+# runs train.py, and prints a line for every step at once
+TALKATIVE = f"""
+import runpy, sys
+sys.path.insert(0, {str(PROJECT)!r})
+from onecard import runlog
+runlog.SECONDS_BETWEEN_LINES = 0
+runpy.run_path({str(PROJECT / "train.py")!r}, run_name="__main__")
+"""
+
+
 def start(folder, **settings):
     """Start train.py as a process of its own."""
-    command = [sys.executable, str(PROJECT / "train.py"), *arguments(**settings)]
+    command = [sys.executable, "-c", TALKATIVE, *arguments(**settings)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)
 
