@@ -147,50 +147,44 @@ def network_of(cfg, saved):
     return GPTConfig.of(cfg)
 
 
-def size_of(network):
-    """The Size of a GPTConfig."""
+def plan_of(cfg, network, machine, known_tokens=None, saved=None):
+    """The Plan of a run on a machine; its cfg has a batch_size above 0."""
     with torch.device("meta"):          # a model without memory, only to count its parameters
-        return plan.Size.of(GPT(network))
-
-
-def plan_of(cfg, machine, known_tokens=None):
-    """The Plan of a new run on a machine."""
-    size = size_of(GPTConfig.of(cfg))
-    fit = memory.choose(cfg, size, machine)     # batch_size, chunk and recompute that fit
-    return plan.Plan(replace(cfg, batch_size=fit.batch_size), size, machine, fit,
-                     resume.val_windows(cfg, None), known_tokens)
+        size = plan.Size.of(GPT(network))
+    # batch_size, chunk and recompute that fit
+    fit = memory.choose(cfg, size, machine, resume.saved_fit(cfg, saved))
+    val_windows = resume.val_windows(cfg, saved)
+    cfg = replace(cfg, batch_size=fit.batch_size)
+    return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens)
 
 
 def recipe_advice(cfg, machine, known_tokens):
     """Which recipe is the best for cfg.hours on this machine, in words."""
     if not machine.peak_flops or not known_tokens:
-        return ("advice     needs a card (--device_name='RTX 4070') and the size of the text "
-                "(--n_tokens=700_000_000)")
+        return ("advice     needs a card in bf16 or fp16 (--device_name='RTX 4070'), and the size "
+                "of the text (--n_tokens=700_000_000)")
     recipes = {}
     for name in advice.RECIPES:
         recipe = configure(TrainConfig, [str(runtime.PROJECT / advice.config_file(name))])
         recipe = replace(recipe, compile=cfg.compile)
-        recipes[name] = plan_of(recipe, machine, known_tokens)
+        recipes[name] = plan_of(recipe, GPTConfig.of(recipe), machine, known_tokens)
     return advice.text(recipes, cfg.hours)
 
 
 def make_plan(cfg, network, saved, world):
     """Print what the run will cost. Return the Plan, and `cfg` with a batch_size above 0."""
-    size = size_of(network)
     machine = cards.machine_of(world.device, world.dtype, world.size)
-    val_windows = resume.val_windows(cfg, saved)
     cfg = resume.with_fitted_steps(cfg, saved, world)       # max_iters of an earlier --hours
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
     machine = replace(machine, room=min(world.gather(machine.room)))    # the smallest of all GPUs
-    fit = memory.choose(cfg, size, machine, resume.saved_fit(cfg, saved))
-    cfg = replace(cfg, batch_size=fit.batch_size)
+    known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
+    run_plan = plan_of(cfg, network, machine, known_tokens, saved)
+    cfg = run_plan.cfg
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
-    known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
-    run_plan = plan.Plan(cfg, size, machine, fit, val_windows, known_tokens)
     if resume.goes_on(cfg):             # resume or FILE.pt: only the remaining steps cost time
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
@@ -199,7 +193,7 @@ def make_plan(cfg, network, saved, world):
         world.print(recipe_advice(cfg, machine, known_tokens))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
-        why = "; ".join(reasons) or "another process has not enough, as it says itself"
+        why = "; ".join(reasons) or "another process lacks memory or disk"
         raise UserError(f"{why}. --force starts it all the same")
     for reason in reasons:
         world.print(f"warning    {reason}")
@@ -358,8 +352,7 @@ def main(cfg):
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
     n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
 
-    # model, optimizer, loss scaler, step
-    # goes into every checkpoint of the run
+    # model, optimizer, loss scaler, step; the fixed parts go into every checkpoint
     fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
     state = make_state(cfg, network, saved, fixed_parts, world)
     model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress

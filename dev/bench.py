@@ -126,7 +126,7 @@ def plain(cfg):
 
 def planned(cfg, world):
     """The Plan of `cfg` on this machine."""
-    return plan_of(cfg, cards.machine_of(world.device, world.dtype))
+    return plan_of(cfg, GPTConfig.of(cfg), cards.machine_of(world.device, world.dtype))
 
 
 def row_of(run_plan):

@@ -11,6 +11,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from model import GPTConfig  # noqa: E402
 from onecard import cards, plan  # noqa: E402
 from onecard.settings import configure  # noqa: E402
 from train import TrainConfig, plan_of  # noqa: E402
@@ -23,7 +24,7 @@ DATA = SimpleNamespace(train=696_500_000, val=3_500_000)
 def row(recipe, name):
     cfg = configure(TrainConfig, [str(PROJECT / "config" / f"train_fineweb_4070_{recipe}.py")])
     machine = cards.machine_named(name, torch.bfloat16)
-    planned = plan_of(cfg, machine, DATA)
+    planned = plan_of(cfg, GPTConfig.of(cfg), machine, DATA)
     fit = planned.fit
     slow, fast = planned.speeds
     recompute = "yes" if fit.recompute else "no"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import PROJECT, script
+from model import GPTConfig
 from onecard import advice, cards
 from onecard.settings import configure
 from train import TrainConfig, plan_of, recipe_advice
@@ -75,8 +76,8 @@ def test_a_text_that_is_read_often_teaches_less():
 @pytest.mark.parametrize("name", advice.RECIPES)
 def test_the_losses_in_config_and_readme_are_the_formulas(name):
     path = PROJECT / advice.config_file(name)
-    recipe = plan_of(configure(TrainConfig, [str(path)]),
-                     cards.machine_named("RTX 4070", torch.bfloat16))
+    cfg = configure(TrainConfig, [str(path)])
+    recipe = plan_of(cfg, GPTConfig.of(cfg), cards.machine_named("RTX 4070", torch.bfloat16))
     tokens = recipe.cfg.max_iters * recipe.tokens_per_step
     loss = advice.predicted_loss(recipe.size.blocks, tokens, FILE.train)
     losses = f"{loss - advice.MARGIN:.2f} to {loss + advice.MARGIN:.2f}"

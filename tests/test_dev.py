@@ -1,5 +1,6 @@
 """Do the tools of dev/ run? What they measure needs a GPU."""
 import json
+import re
 
 from conftest import PROJECT, script
 
@@ -19,6 +20,7 @@ def test_the_bench_compares_with_a_plain_gpt2(work):
                   "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=256",
                   "--compile=False", cwd=work)
     assert "plain " in done.stdout and "ours " in done.stdout and "ratio " in done.stdout
+    assert re.search(r"time       .*: 200 steps of .* tokens/s as measured\n", done.stdout)
     columns = (PROJECT / "dev" / "cards.md").read_text(encoding="utf-8").split("|---|")[0]
     assert done.stdout.splitlines()[-1].count("|") == columns.splitlines()[-1].count("|") == 8
 

@@ -285,6 +285,11 @@ def test_time_is_flops_over_a_share_of_the_peak():
         plan_of(cfg, CARD))
 
 
+def test_a_plan_for_a_minute_says_how_short_a_schedule_can_be():
+    planned = plan_of(small(hours=1e-6, warmup_iters=30, lr_schedule="wsd", cooldown=0.5), CARD)
+    assert "hours are 63 to 63 steps" in plan.text(planned)     # 31, and the cooldown
+
+
 def test_a_plan_for_some_hours_says_how_many_steps_they_are():
     planned = plan_of(small(hours=2.0), CARD)
     fewest, most = re.search(r"2 hours are ([\d,]+) to ([\d,]+) steps", plan.text(planned)).groups()

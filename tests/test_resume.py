@@ -228,6 +228,18 @@ def test_the_old_run_stays_until_the_first_checkpoint_of_its_successor(tiny):
     assert not Path("out/eval.json").exists()
 
 
+def test_a_resumed_run_keeps_its_micro_batches(tiny):
+    """Others round otherwise: it would not be the same run, bit for bit."""
+    free = dict(batch_size=0, tokens_per_step=128)
+    run_tiny(**free, max_iters=6)
+    parts = saved()
+    assert parts["fit"]["batch_size"] != 2
+    parts["fit"]["batch_size"] = 2
+    torch.save(parts, "out/ckpt.pt")
+    run_tiny(**free, init_from="resume")
+    assert saved()["iter_num"] == 12 and saved()["fit"]["batch_size"] == 2
+
+
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tiny):
     process = start(tiny, max_iters=10**6, lr_decay_iters=10**6)
     wait_for(process, "step 8/")

@@ -170,6 +170,8 @@ def test_a_run_is_fitted_to_its_hours_and_a_resumed_one_ends_at_the_same_step(
     run_tiny(init_from="resume", **hours)
     assert saved()["iter_num"] == fitted and 0.0015 < saved()["hours"] < 0.01
     assert f"fitted to 0.003 hours: it ends after {fitted:,} steps" in capsys.readouterr().out
+    run_tiny(init_from="resume", dry_run=True, **hours)
+    assert "advice" not in capsys.readouterr().out      # it has its recipe
     rates = [rate for (step, name), rate in log().items() if name == "lr" and step > fitted - 5]
     assert rates and max(rates) < 3e-3                  # min_lr is 1e-3, the highest was 1e-2
 
