@@ -69,7 +69,10 @@ def is_whole(meta):
     numbers = [count[name] for count in counts for name in (
         "documents", "tokens", "text_bytes", "max_token")]
     digests = [count[name] for count in counts for name in ("bin_sha256", "idx_sha256")]
-    return (meta["format"] == FORMAT and meta["tokenizer"] == "gpt2"
+    tokenizer = meta["tokenizer"]
+    if isinstance(tokenizer, dict):         # the first version wrote its checksum, too
+        tokenizer = tokenizer["name"]
+    return (meta["format"] == FORMAT and tokenizer == "gpt2"
             and all(type(number) is int and number >= 0 for number in numbers)
             and all(isinstance(digest, str) for digest in digests))
 

@@ -1,7 +1,9 @@
+import json
 import math
 import shutil
 import threading
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,6 +161,16 @@ def test_files_that_cannot_train_are_refused(tiny, name, new_bytes, words):
     path.write_bytes(new_bytes(path.read_bytes()))
     with pytest.raises(UserError, match=words):
         Dataset(path.parent, "train", 8).check_vocabulary(99)
+
+
+def test_a_dataset_that_the_first_version_prepared_is_read(tiny):
+    shutil.copytree("data/tiny", "data/old")
+    meta = json.loads(Path("data/old/meta.json").read_text())
+    meta |= {"tokenizer": {"name": "gpt2", "sha256": "306c", "n_vocab": 50257},
+             "part": None, "near_duplicates": None, "token_count_column": 9}
+    Path("data/old/meta.json").write_text(json.dumps(meta))
+    old, new = (Dataset(f"data/{name}", "val", 8) for name in ("old", "tiny"))
+    assert np.array_equal(old.sample(3), new.sample(3))
 
 
 def test_what_is_known_of_a_dataset_is_what_its_files_say(tiny):
