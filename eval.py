@@ -7,8 +7,8 @@
 
 The model reads each document alone, from its end-of-text token, and every token counts once. A
 document that is longer than the context is read in windows that overlap: all of the first one
-counts, and of each further one the last `stride` tokens. The result on the whole of val is kept in
-the run's folder as eval.json.
+counts, and of each further one the last `stride` tokens. A result on the whole of the run's own val
+is kept in the run's folder as eval.json.
 """
 import json
 import math
@@ -29,7 +29,7 @@ from onecard.dataset import Dataset
 from onecard.files import write_text
 from onecard.settings import UserError, configure_and_run, in_range, one_of
 
-PADDED = 64                             # windows get a multiple of this length: fewer kernels
+PAD_TO = 64                             # windows are padded to a multiple of it: fewer kernels
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EvalConfig:
     init_from: str = "resume"       # resume (the run in out_dir), gpt2, ..., a folder or a file
     compare: bool = False           # evaluate two models: --compare A B
     files: tuple = ()               # the two models to compare
-    dataset: str = ""               # folder under data/; "" = the first run's, fineweb for gpt2
+    dataset: str = ""               # folder under data/; "" = the run's, or fineweb
     split: str = "val"              # val or train
     stride: int = 0                 # tokens between windows, at most the context; 0 = half of it
     max_documents: int = 0          # evaluate only the first so many documents; 0 = all
@@ -58,7 +58,7 @@ class EvalConfig:
 
 
 def read_documents(cfg, folder, models):
-    """The ids of each document, and the bytes of its text. Every model must know these ids."""
+    """The ids of each document, and the bytes of its text. UserError for another vocabulary."""
     data = Dataset(folder, cfg.split, block_size=1)
     for opened in models:
         vocabulary = tokenizer.of_dataset(folder, opened.model.config.vocab_size)
@@ -91,11 +91,11 @@ def windows_of(documents, block_size, stride):
 
 @torch.inference_mode()
 def window_losses(model, windows):
-    """-log p in nats, summed over the ids that count in each of B windows, float32 (B,)."""
+    """The loss in nats, summed over the ids that count in each of B windows, float32 (B,)."""
     device = model.lm_head.weight.device
     all_ids = [torch.from_numpy(ids.astype(np.int64)).to(device) for _, ids, _ in windows]
     idx = pad_sequence([ids[:-1] for ids in all_ids], batch_first=True)       # (B, T)
-    length = min(math.ceil(idx.size(1) / PADDED) * PADDED, model.config.block_size)
+    length = min(math.ceil(idx.size(1) / PAD_TO) * PAD_TO, model.config.block_size)
     idx = F.pad(idx, (0, length - idx.size(1)))
     losses = []
     for x, ids, (_, _, n) in zip(model.hidden(idx), all_ids, windows, strict=True):
@@ -106,10 +106,10 @@ def window_losses(model, windows):
 
 
 def document_losses(model, documents, stride, batch_size):
-    """-log p in nats, summed over each of N documents (arrays of ids), float64 (N,)."""
+    """The loss in nats, summed over each of N documents (arrays of ids), float64 (N,)."""
     block_size = model.config.block_size
     windows = list(windows_of(documents, block_size, stride))
-    # the longest first: little padding, and if memory runs out, then at once
+    # the longest first: little padding, and if memory is too small, it shows at once
     windows.sort(key=lambda window: len(window[1]), reverse=True)
     nats = np.zeros(len(documents))
     bar = tqdm(total=len(windows), unit="window", disable=None)
@@ -124,7 +124,7 @@ def document_losses(model, documents, stride, batch_size):
             if batch_size == 1 or not runtime.is_out_of_memory(error):
                 raise
             batch_size //= 2            # the same windows again, fewer of them
-            bar.write(f"out of memory: now {batch_size} windows at a time", file=sys.stderr)
+            bar.write(f"out of memory: batch_size is {batch_size} now", file=sys.stderr)
             continue
         np.add.at(nats, [number for number, _, _ in rows], losses)
         position += len(rows)
@@ -138,7 +138,7 @@ def ratio(values, sizes):
     n, mean = len(values), float(values.sum() / sizes.sum())
     if n < 2:
         return mean, None
-    rest = values - mean * sizes        # Cochran 1977, 2.46
+    rest = values - mean * sizes        # of a ratio of sums: Cochran 1977, equation 2.46
     return mean, math.sqrt(n / (n - 1) * (rest @ rest)) / float(sizes.sum())
 
 
@@ -174,7 +174,7 @@ def print_results(results, paired, machine):
 
 
 def keep(result, path):
-    """Write a result to `path`. If that fails, it is still what was printed."""
+    """Write a result to `path`. If that fails, it was at least printed."""
     try:
         write_text(path, json.dumps(result) + "\n")
     except OSError as error:
@@ -188,11 +188,12 @@ def main(cfg):
     if names == ["resume"]:
         names = [checkpoint.run_folder(cfg.out_dir)]
     models = [open_model(name) for name in names]
-    folder = folder_of(cfg.dataset or models[0].dataset or "fineweb")
+    datasets = [opened.dataset for opened in models if opened.dataset]
+    folder = folder_of(cfg.dataset or next(iter(datasets), "fineweb"))
     documents, n_bytes = read_documents(cfg, folder, models)
     n_tokens = np.array([len(ids) - 1 for ids in documents])    # nothing predicts the first one
 
-    # cuDNN's attention prepares itself for each new length: 40 ms on an H100
+    # cuDNN's attention is slow at each new length: 40 ms on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
     results, nats = [], []
     for opened in models:
@@ -209,15 +210,16 @@ def main(cfg):
         results.append(result)
 
     output, paired = results[0], None
-    if cfg.compare:                     # what is hard for both adds nothing to the paired error
+    if cfg.compare:                     # a document that is hard for both adds no error
         paired = means(nats[1] - nats[0], n_tokens, n_bytes)
         output = {"a": results[0], "b": results[1], "b_minus_a": paired}
     if cfg.json:
         print(json.dumps(output))
     else:
         print_results(results, paired, f"{runtime.device_name(device)}, {dtype}")
+    is_usual = cfg.split == "val" and not (cfg.dataset or cfg.max_documents or cfg.stride)
     for name, result in zip(names, results, strict=True):
-        if cfg.split == "val" and not cfg.max_documents and checkpoint.in_folder(name):
+        if is_usual and checkpoint.best_or_newest(name):        # None for a model without a run
             keep(result, Path(name) / "eval.json")
 
 

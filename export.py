@@ -21,15 +21,15 @@ from onecard.datafiles import folder_of
 from onecard.settings import UserError, configure_and_run, import_package, one_of
 
 TOLERANCE = 1e-4                    # between logits in fp32, as a share of the largest
-CHECKED_IDS = 1_000_000             # of the run's own text, which the tokenizer must make, too
+CHECKED_IDS = 1_000_000             # of the run's val.bin, which the tokenizer is tested on
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT with {size:.1f} M parameters, trained on {dataset}. It continues text. Nobody
-taught it to answer or to refuse. Begin each text with `<|endoftext|>`, as in training:
+A GPT with {size:.1f} M parameters, trained on {dataset}. It continues text. It was not
+tuned for chat or for safety. Begin each text with `<|endoftext|>`, as in training:
 
     from transformers import pipeline
     print(pipeline("text-generation", "THIS FOLDER")("<|endoftext|>The function returns"))
@@ -46,15 +46,15 @@ class ExportConfig:
     def __post_init__(self):
         one_of(self, format=("hf", "gguf"))
         if self.init_from != "resume" and not self.to:
-            raise UserError(f"init_from = {self.init_from!r} has no folder for exports; "
-                            "--to=FOLDER says where to write")
+            raise UserError(f"with init_from = {self.init_from!r}, --to=FOLDER must say where to "
+                            "write")
 
 
 def write_hf(folder, theirs, card):
     """Write `theirs`, from pretrained.to_transformers, with GPT-2's tokenizer to `folder`."""
     theirs.save_pretrained(folder)
     transformers = import_package("transformers", "--format=hf")
-    tokens, merges = pretrained.vocabulary()
+    tokens, merges = pretrained.vocabulary_and_merges()
     context = theirs.config.max_position_embeddings
     transformers.GPT2Tokenizer(tokens, merges, model_max_length=context).save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -63,25 +63,29 @@ def write_hf(folder, theirs, card):
 def check_hf(folder, model, dataset):
     """Open the folder as a user does, and compare it with `model`. Returns what was compared."""
     transformers = import_package("transformers", "--format=hf")
-    difference = compare(model, transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
-    encode = transformers.AutoTokenizer.from_pretrained(folder)
-    encode.model_max_length = CHECKED_IDS       # or it warns of long texts
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    difference = compare_logits(model, exported)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    hf_tokenizer.model_max_length = CHECKED_IDS         # or it warns of long texts
     n_ids = 0
     for document in own_documents(dataset):
         is_gpt2 = max(document, default=0) < tokenizer.N_VOCAB
         if is_gpt2:
             text = tokenizer.gpt2().decode(document)
-            # as plain text, "<|endoftext|>" is the special token there
-            is_gpt2 = "<|endoftext|>" in text or encode(text)["input_ids"] == document
+            # if "<|endoftext|>" stands in a text, transformers reads the special token
+            is_gpt2 = "<|endoftext|>" in text or hf_tokenizer(text)["input_ids"] == document
         if not is_gpt2:
             raise UserError(f"the dataset {dataset} has other tokens than GPT-2's tokenizer makes, "
                             "so other programs cannot use this model; nothing is written")
         n_ids += len(document)
-    return f"logits differ by {difference:.0e} at most, {n_ids:,} tokens of its text are the same"
+    report = f"logits differ by {difference:.0e} at most"
+    if n_ids:
+        report += f", {n_ids:,} tokens of its text are the same"
+    return report
 
 
 def own_documents(dataset):
-    """The ids of some documents of a dataset's val.bin, lists; none if it is not on the disk."""
+    """Documents of a dataset's val.bin, lists of ids; none if it is not on the disk."""
     try:
         path = folder_of(dataset) / "val.bin"
     except UserError:                   # the path of a folder that is no longer there
@@ -95,7 +99,7 @@ def own_documents(dataset):
 
 
 @torch.inference_mode()
-def compare(model, theirs):
+def compare_logits(model, theirs):
     """The largest difference between the logits of both. RuntimeError if it is too large."""
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(tokenizer.N_VOCAB, (2, model.config.block_size), generator=generator)
@@ -123,26 +127,27 @@ def main(cfg):
         raise UserError(f"{label} has a vocabulary of its own ({model.config.vocab_size} ids), "
                         "and an export needs GPT-2's")
     size = model.count_parameters()["total"] / 1e6
-    print(f"{label}: {pretrained.family(model.config)}, {size:.1f} M parameters")
+    print(f"{label}: {pretrained.kind_of(model.config)}, {size:.1f} M parameters")
     theirs = pretrained.to_transformers(model.config, model.state_dict())
+    name = Path(source).resolve().name
 
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{to.name}.", dir=to.parent) as beside:
         folder = Path(beside) / to.name
         folder.mkdir()
         if cfg.format == "hf":
-            name = Path(source).resolve().name
-            write_hf(folder, theirs, CARD.format(name=name, size=size, dataset=opened.dataset))
+            card = CARD.format(name=name, size=size, dataset=opened.dataset or "unknown text")
+            write_hf(folder, theirs, card)
             report = check_hf(folder, model, opened.dataset)
         else:
-            compare(model, theirs)
-            gguf.write(folder, theirs)
+            compare_logits(model, theirs)
+            gguf.write(folder, theirs, name)
             n_tensors = gguf.check(folder, theirs)
             report = f"{n_tensors} tensors, every bit as in the model"
         os.replace(folder, to)
     print(f"wrote {to} and opened it again: {report}")
     if cfg.format == "gguf":
-        print(f"    ollama create {to.name} -f {to}/Modelfile\n    ollama run {to.name}")
+        print(f"    ollama create {name} -f {to}/Modelfile\n    ollama run {name}")
 
 
 if __name__ == "__main__":

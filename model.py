@@ -15,7 +15,7 @@ from onecard import checkpoint, tokenizer
 from onecard.attention import cached_attention, causal_attention, rotary_angles, rotate
 from onecard.loss import SMALLEST_CHUNK, linear_cross_entropy, loss_of_logits
 from onecard.runtime import product_dtype
-from onecard.settings import UserError, check_type, in_range, one_of
+from onecard.settings import UserError, convert, in_range, one_of
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 NANOGPT_ARGS = (*SIZES, "dropout", "bias")
@@ -78,7 +78,7 @@ class GPTConfig:
         if missing := sorted(set(SIZES) - args.keys()):
             raise UserError(f"this checkpoint does not say its {', '.join(missing)}")
         for key, value in args.items():
-            args[key] = check_type(value, known[key], f"this checkpoint has {key} = {value!r}")
+            args[key] = convert(value, known[key], f"this checkpoint has {key} = {value!r}")
         if block_size > args["block_size"]:
             raise UserError(f"block_size = {block_size}, but this model has learned "
                             f"{args['block_size']} positions; use at most these")

@@ -1,4 +1,4 @@
-"""What does a trained model write?
+"""Let a trained model write.
 
     python sample.py                                        # from the newest run under out*/
     python sample.py --out_dir=out-quickstart --start="The function returns"
@@ -19,12 +19,12 @@ import torch
 from model import open_model
 from onecard import checkpoint, runtime, tokenizer
 from onecard.files import text_encoding
-from onecard.generate import DrawConfig, generate
+from onecard.generate import SamplingConfig, generate
 from onecard.settings import UserError, configure_and_run, in_range
 
 
 @dataclass(frozen=True)
-class SampleConfig(DrawConfig):     # temperature, top_k, top_p, min_p, repetition_penalty, seed
+class SampleConfig(SamplingConfig):     # temperature, top_k, top_p, min_p, repetition_penalty, seed
     out_dir: str = ""               # run to sample from; "" = the newest under out*/
     init_from: str = "resume"       # resume (the run in out_dir), gpt2, ..., a folder or a file
     start: str = ""                 # text to continue; FILE:name reads a file; "" = a new document
@@ -57,21 +57,21 @@ def encode_prompt(text, vocabulary, block_size):
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
     ids = vocabulary.encode(text).tolist()
-    if is_gpt2 or not ids:              # characters: only an empty text needs a start, a new line
+    if is_gpt2 or not ids:              # characters begin with a new line, if there is no text
         ids = [vocabulary.start] + ids
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; "
-              f"the model sees the last {block_size:,} of them")
+              f"the model sees the last {block_size:,} of them", file=sys.stderr)
     return ids
 
 
 def continuation(model, vocabulary, ids, cfg):
     """Yield what the model writes after the tokens `ids`, a piece of text for each token."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token may be half a letter
-    for i in generate(model, ids, cfg.max_new_tokens, draw=cfg, n_vocab=vocabulary.n_vocab):
-        if i == tokenizer.END_OF_TEXT:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a letter
+    for token in generate(model, ids, cfg.max_new_tokens, cfg, vocabulary.n_vocab):
+        if token == tokenizer.END_OF_TEXT:
             return
-        yield decoder.decode(vocabulary.decode_bytes([i]))
+        yield decoder.decode(vocabulary.decode_bytes([token]))
 
 
 def write_samples(model, vocabulary, cfg):
@@ -81,7 +81,8 @@ def write_samples(model, vocabulary, cfg):
     n_tokens, start_time = 0, time.perf_counter()
     for n in range(cfg.num_samples):
         print(f"---- sample {n + 1} ----\n{text}", end="", flush=True)
-        for piece in continuation(model, vocabulary, ids, replace(cfg, seed=cfg.seed + n)):
+        seed = (cfg.seed + n) % 2**63           # the largest one is followed by 0
+        for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed)):
             print(piece, end="", flush=True)
             n_tokens += 1
         print()
@@ -102,7 +103,7 @@ def interact(model, vocabulary, cfg):
             text = input("\n> ") or text
             ids = encode_prompt(text, vocabulary, model.config.block_size)
             print(text, end="", flush=True)
-            for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed)):
+            for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed % 2**63)):
                 text += piece
                 print(piece, end="", flush=True)
             print()
@@ -121,22 +122,22 @@ def main(cfg):
         name = checkpoint.run_folder(cfg.out_dir)
     opened = open_model(name)
     print(f"{opened.label}, {runtime.device_name(device)}, {dtype}")
-    # cuDNN's attention prepares itself for each new length: 40 ms a token on an H100
+    # cuDNN's attention is slow at each new length: 40 ms a token on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = opened.model.eval()
     if device.type == "cpu" and dtype is torch.float32:
         for weight in model.parameters():
-            if weight.dim() == 2:       # store it by columns: a token takes 3/4 of the time
+            if weight.dim() == 2:       # column after column: a token takes 3/4 of the time
                 weight.data = weight.data.T.contiguous().T
-    run = interact if cfg.interactive else write_samples
+    action = interact if cfg.interactive else write_samples
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            run(model.to(device), opened.vocabulary, cfg)
+            action(model.to(device), opened.vocabulary, cfg)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
-        raise UserError(f"{device} has no room for this model, perhaps because a run trains on it; "
-                        "--device=cpu samples without it") from None
+        raise UserError(f"out of memory on {device}, perhaps because a run trains on it; on a GPU, "
+                        "--device=cpu does not need it") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from onecard import advice, cards, dataset, memory, optim, plan, resume, runtime
 from onecard.datafiles import folder_of
 from onecard.dataset import Batches, Dataset, fixed_batches
 from onecard.divergence import Guard
-from onecard.generate import DrawConfig, generate
+from onecard.generate import SamplingConfig, generate
 from onecard.resume import Progress, State
 from onecard.runlog import RunLog, measured_speed
 from onecard.settings import UserError, configure, configure_and_run, in_range, one_of
@@ -263,7 +263,7 @@ def sample(model, vocabulary, cfg, world):
         return ""
     model.eval()
     with world.autocast():
-        ids = list(generate(model, [vocabulary.start], cfg.sample_tokens, DrawConfig(),
+        ids = list(generate(model, [vocabulary.start], cfg.sample_tokens, SamplingConfig(),
                             vocabulary.n_vocab, fixed_shapes=False))
     model.train()
     if tokenizer.END_OF_TEXT in ids:

@@ -25,7 +25,7 @@ from bench import Stepper, ours, plain, planned  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 from onecard import runtime  # noqa: E402
-from onecard.generate import DrawConfig, generate  # noqa: E402
+from onecard.generate import SamplingConfig, generate  # noqa: E402
 from onecard.loss import product_in_fp32  # noqa: E402
 from onecard.settings import configure, configure_and_run  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -181,11 +181,11 @@ def promises_of(name, rows, on_gpu):
         yield same, f"{name}, {variant}: the losses and the first gradient of ours"
 
 
-def tokens_of(model, n, draw, fixed_shapes):
+def tokens_of(model, n, sampling, fixed_shapes):
     """n tokens, and how many there were a second."""
     started = time.perf_counter()
     n_vocab = min(50257, model.config.vocab_size)
-    tokens = list(generate(model, [1, 2, 3], n, draw, n_vocab, fixed_shapes))
+    tokens = list(generate(model, [1, 2, 3], n, sampling, n_vocab, fixed_shapes))
     return tokens, n / (time.perf_counter() - started)
 
 
@@ -196,10 +196,10 @@ def check_tokens(cfg, world):
     for parameter in model.transformer.h.parameters():
         parameter.data.mul_(8)          # opinions: else it writes one token for ever
     torch.set_float32_matmul_precision("highest")       # two tokens may be nearly as likely
-    for draw in (DrawConfig(temperature=0.0), DrawConfig(seed=3)):
-        pair = [tokens_of(model, 150, draw, fixed)[0] for fixed in (True, False)]
+    for sampling in (SamplingConfig(temperature=0.0), SamplingConfig(seed=3)):
+        pair = [tokens_of(model, 150, sampling, fixed)[0] for fixed in (True, False)]
         same = pair[0] == pair[1] and len(set(pair[0])) > 3
-        yield same, f"sampling, temperature {draw.temperature}: a graph changes no token"
+        yield same, f"sampling, temperature {sampling.temperature}: a graph changes no token"
     torch.set_float32_matmul_precision("high")          # as runtime.start() has it
 
 
@@ -209,7 +209,7 @@ def check_sampling(cfg, world, keep):
     n = cfg.block_size - 20
     for fixed_shapes, length in ((True, n), (False, min(n, 150))):
         with world.autocast():
-            _, speed = tokens_of(model, length, DrawConfig(), fixed_shapes)
+            _, speed = tokens_of(model, length, SamplingConfig(), fixed_shapes)
         keep({"sampling": "mission", "graph": fixed_shapes, "tokens_per_s": speed})
         print(f"sampling, graph: {fixed_shapes}, {speed:,.0f} tokens/s")
         if fixed_shapes:

@@ -1,9 +1,9 @@
-"""Which recipe gets furthest in the hours that there are? Its losses are predicted, by a formula.
+"""Which recipe gets furthest in the given hours? Its losses are predicted, by a formula.
 
     loss = 2.71 + 0.172 (85 M / N) ^ 0.615 + 0.465 (1 G / D) ^ 0.295
 
-N are the parameters of the blocks, D the tokens; a token that is read again counts as much as it is
-worth. The formula is for the modern network with Muon on text like FineWeb. It follows public runs
+N are the parameters of the blocks, D the tokens; repeated ones count less (plan.effective_tokens).
+The formula is for the modern network with Muon on text like FineWeb. It follows public runs
 (dev/LOG.md, "Losses before the first step"); none of onecard's own runs was long enough.
 """
 import math
@@ -12,7 +12,7 @@ from onecard import plan
 
 RECIPES = "64m", "evening", "overnight", "week"     # config/train_fineweb_4070_*.py
 MARGIN = 0.06                           # of a predicted loss, above and below
-LEAST = 0.1e9                           # tokens; for fewer, the formula is not meant
+LEAST = 0.1e9                           # tokens; the formula is not made for fewer
 
 
 def predicted_loss(blocks, tokens, unique):
@@ -22,7 +22,7 @@ def predicted_loss(blocks, tokens, unique):
 
 
 def tokens_in(hours, speed):
-    """Tokens that a run reads in these hours. Its evaluations (about 1 %) are ignored."""
+    """Tokens that a run reads in these hours. The time of evaluations (1 %) is ignored."""
     return plan.SHARE_OF_STEPS * 3600 * hours * speed
 
 
@@ -36,6 +36,7 @@ def loss_range(recipe, hours):
 def is_possible(recipe, hours):
     """Whether a recipe has enough text, memory, and time for its shortest schedule."""
     tokens = tokens_in(hours, recipe.speeds[0])
+    # with_steps() takes the shortest schedule, as 0 steps are too few
     fewest_steps = plan.with_steps(recipe.cfg, max_iters=0, step=0).max_iters
     shortest = fewest_steps * recipe.tokens_per_step
     has_room = recipe.peak_memory <= recipe.machine.room
@@ -44,7 +45,7 @@ def is_possible(recipe, hours):
 
 def text(recipes, hours):
     """The ranking as lines for people. `recipes` are {name: Plan} for one machine and one text."""
-    def rank(name):                     # of equal losses, the recipe that is usually so long
+    def rank(name):                     # equal losses: the recipe whose usual length is nearest
         recipe = recipes[name]
         usual = recipe.cfg.max_iters * recipe.tokens_per_step
         middle = math.sqrt(math.prod(tokens_in(hours, speed) for speed in recipe.speeds))

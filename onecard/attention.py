@@ -1,4 +1,4 @@
-"""How does a token look at the tokens before it? Attention, and a faster one for CPUs.
+"""Causal attention, rotary positions, and a faster attention for training on CPUs.
 
 Sizes: B batch, H heads, T time, D size of a head. q, k, v and the result are (B, H, T, D).
 """
@@ -11,7 +11,7 @@ PIECE = 128                             # queries at a time, on a CPU
 
 
 def causal_attention(q, k, v, dropout):
-    """softmax(q k / sqrt(D)) v, where each token sees itself and the tokens before it."""
+    """softmax(q k' / sqrt(D)) v, where each token sees itself and the tokens before it."""
     compiled_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
     if q.device.type == "cpu" and compiled_training and not dropout:
         return CausalAttentionOnCPU.apply(q, k, v)
@@ -19,7 +19,7 @@ def causal_attention(q, k, v, dropout):
 
 
 def cached_attention(q, k, v, mask):
-    """The same for the last T tokens: q (B, H, T, D) against all k and v so far (B, H, S, D).
+    """Attention of the last T tokens, q (B, H, T, D), to all S tokens so far, k and v (B, H, S, D).
 
     `mask` (T, S) is True where a token may look; None: everywhere.
     """
@@ -33,6 +33,7 @@ def rotary_angles(block_size, head_size, theta):
     position = torch.arange(block_size).float()
     angle = position[:, None] * frequency                                     # (T, D / 2)
     cos, sin = angle.cos(), angle.sin()
+    # -sin: rotating (a, b) gives (a cos - b sin, b cos + a sin)
     cos_sin = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
     return cos_sin[:, :, None]          # the same for all heads
 
@@ -40,28 +41,29 @@ def rotary_angles(block_size, head_size, theta):
 def rotate(x, cos_sin):
     """Turn each pair of numbers (i, i + D / 2) of `x` (B, T, H, D) by its position's angle."""
     cos, sin = cos_sin
-    other = x.roll(x.size(3) // 2, 3)   # the other number of each pair
+    other = x.roll(x.size(3) // 2, 3)   # (b, a) where x has (a, b)
     return (x * cos + other * sin).to(x.dtype)
 
 
 class CausalAttentionOnCPU(torch.autograd.Function):
-    """Causal attention by plain products: in a compiled step on a CPU, 1.2 to 1.45 times as fast.
+    """Causal attention by matrix products: a compiled step on a CPU is 1.2 to 1.45 times as fast.
 
-    Queries go PIECE at a time, against the keys that they see. Backward computes the attention
-    weights again from their logsumexp, as FlashAttention does (Dao et al. 2022). It computes them
-    transposed: a compiler that meets the same product twice would store the first one instead.
+    It handles PIECE queries at a time, with the keys that they see. Backward computes the attention
+    weights again from their logsumexp, as FlashAttention does (Dao et al. 2022), but transposed:
+    torch.compile would otherwise keep the weights of forward in memory.
     """
 
     @staticmethod
     def forward(ctx, q, k, v):
-        y, logsumexp = [], []
+        ys, sums = [], []
         for begin, end in pieces(q.size(2)):
             scores = (q[:, :, begin:end] @ k[:, :, :end].mT).float() * q.size(3) ** -0.5
             scores = scores.masked_fill(is_future(begin, end), -math.inf)     # (B, H, piece, end)
-            logsumexp.append(scores.logsumexp(3, keepdim=True))
-            weights = (scores - logsumexp[-1]).exp().to(v.dtype)
-            y.append(weights @ v[:, :, :end])
-        y, logsumexp = torch.cat(y, 2), torch.cat(logsumexp, 2).mT            # (B, H, 1, T)
+            sums.append(scores.logsumexp(3, keepdim=True))
+            weights = (scores - sums[-1]).exp().to(v.dtype)
+            ys.append(weights @ v[:, :, :end])
+        y = torch.cat(ys, 2)
+        logsumexp = torch.cat(sums, 2).mT                                     # (B, H, 1, T)
         ctx.save_for_backward(q, k, v, y, logsumexp)
         return y
 
@@ -69,15 +71,15 @@ class CausalAttentionOnCPU(torch.autograd.Function):
     def backward(ctx, grad_y):
         q, k, v, y, logsumexp = ctx.saved_tensors
         T, D = q.shape[2:]
-        # the softmax's gradient subtracts from each row its mean, which is grad_y . y
-        row_mean = (grad_y.float() * y.float()).sum(3)[:, :, None]            # (B, H, 1, T)
+        # softmax's gradient subtracts the weighted mean of each query, which is grad_y . y
+        mean = (grad_y.float() * y.float()).sum(3)[:, :, None]            # (B, H, 1, T)
         grad_q, grad_k, grad_v = [], 0, 0
         for begin, end in pieces(T):
             q_i, grad_i = q[:, :, begin:end], grad_y[:, :, begin:end]
             scores = (k[:, :, :end] @ q_i.mT).float() * D ** -0.5             # (B, H, end, piece)
             scores = scores.masked_fill(is_future(begin, end).mT, -math.inf)
             weights = (scores - logsumexp[..., begin:end]).exp()
-            grad_weights = (v[:, :, :end] @ grad_i.mT).float() - row_mean[..., begin:end]
+            grad_weights = (v[:, :, :end] @ grad_i.mT).float() - mean[..., begin:end]
             grad_scores = (weights * grad_weights * D ** -0.5).to(q.dtype)
             rows_after = (0, 0, 0, T - end)     # F.pad: nothing on D, zeros after the last key
             grad_q.append(grad_scores.mT @ k[:, :, :end])

@@ -1,4 +1,4 @@
-"""Which machine is it? The table of graphics cards, and what a run may use of one."""
+"""The table of graphics cards, and what a run may use of one."""
 import difflib
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ CONTEXT_BYTES = 0.5 * 2**30             # CUDA's own, before the first tensor (H
 KERNEL_BYTES = 0.3 * 2**30              # of the kernels that a run loads (H100: 0.24)
 SCREEN_GIB = 1, 3                       # what a desktop and its browser take of a card
 
-UNKNOWN = (0.25, 0.8)                   # share of the peak, if no log is of a card like it
-# around the logs, of other code: of this card, and of cards that are like it
-OWN_MARGIN, LIKE_MARGIN = (0.9, 1.1), (0.6, 1.15)
+# shares of a card's peak FLOP/s (MFU) that training reaches, (lowest, highest)
+UNKNOWN = (0.25, 0.8)                   # no log is of a card like it
+OWN_MARGIN = (0.9, 1.1)                 # times the logs of this card, which are of other programs
+LIKE_MARGIN = (0.6, 1.15)               # times the logs of similar cards
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Card:
         return self.bandwidth / self.tflops / 1000
 
     def logged(self, n_embd):
-        """The share of the peak of a model so wide, between those of the logs."""
+        """The share of the peak for a model of this width, interpolated between the logs."""
         widths, shares = zip(*self.logs, strict=True)
         return float(np.interp(n_embd, widths, shares))
 
@@ -77,21 +78,25 @@ CARDS = {
 def usual_share(card, n_embd, tokens):
     """(lowest, highest share of the peak, where they come from) of a compiled model.
 
-    It is `n_embd` wide and reads `tokens` in a micro-batch.
+    `n_embd` is the model's width, `tokens` are those of a micro-batch.
     """
-    like = [other for other in CARDS.values()
+    similar = [other for other in CARDS.values()
             if other.logs and 0.8 < other.bytes_per_flop / card.bytes_per_flop < 1.25]
-    (low, high), source, widths = UNKNOWN, "a wide guess: there are no logs of such cards", [n_embd]
+    (low, high), source = UNKNOWN, "a wide guess: there are no logs of such cards"
+    narrowest = 0                       # model in the logs
     if card.logs:
         widths = [width for width, _ in card.logs]
+        narrowest = widths[0]
         low, high = (margin * card.logged(n_embd) for margin in OWN_MARGIN)
         source = f"by logs of this card at {' and '.join(map(str, widths))} wide"
-    elif like:
-        shares = [other.logged(n_embd) for other in like]
+    elif similar:
+        shares = [other.logged(n_embd) for other in similar]
+        narrowest = min(other.logs[0][0] for other in similar)
         low, high = LIKE_MARGIN[0] * min(shares), LIKE_MARGIN[1] * max(shares)
         source = "by logs of cards with as many bytes a FLOP"
-    low *= min(n_embd / widths[0], 1)   # narrower models wait for memory and for launches
-    if tokens < 6000:                   # logs show 40 to 49 % of the peak, of larger ones 74 %
+    if n_embd < narrowest:              # narrower models wait for memory and for launches
+        low *= n_embd / narrowest
+    if tokens < 6000:                   # logs show 40 to 49 % of the peak; of larger ones, 74 %
         low *= 0.6
     return low, min(high, UNKNOWN[1]), source
 
@@ -111,7 +116,7 @@ def without_maker(name):
 
 @dataclass(frozen=True)
 class Machine:
-    """What each process of a run has."""
+    """The device of each process of a run."""
     name: str
     kind: str                           # cuda, mps or cpu
     dtype: torch.dtype                  # of matrix products
@@ -139,7 +144,7 @@ def machine_of(device, dtype, count=1):
 
 
 def machine_named(name, dtype, count=1):
-    """The Machine with a card that a user names: 'RTX 4070'. On Linux, without a screen."""
+    """The Machine with a card that a user names, as 'RTX 4070'. Nothing else is on the card."""
     card = find(name)
     if not card:
         nearest = difflib.get_close_matches(without_maker(name), CARDS, n=3, cutoff=0.3) or CARDS

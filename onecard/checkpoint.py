@@ -1,8 +1,9 @@
-"""What survives a crash? Checkpoints: each file is the old one or the new one, never half.
+"""Checkpoints, which survive a crash: each file is complete, the old one or the new one.
 
 ckpt.pt is the newest state of a run, best.pt the one with the lowest validation loss, stable.pt
-the one before the learning rate cools down. They hold nanoGPT's keys (model, optimizer, model_args,
-iter_num, best_val_loss, config), so that its sample.py reads them, and what an exact resume needs.
+the last one before the learning rate decays. They hold nanoGPT's keys (model, optimizer,
+model_args, iter_num, best_val_loss, config), so that its sample.py reads them, and what an exact
+resume needs.
 """
 import os
 import shutil
@@ -29,17 +30,17 @@ def save(path, parts, copies=()):
     try:
         with written_beside(path) as beside:
             torch.save(parts, beside)
-            for name in copies:
-                copy(beside, name)
+            for other in copies:
+                link_or_copy(beside, other)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
-        reason, free = str(error).splitlines()[0], 0.0
+        reason, free = str(error).partition("\n")[0], 0.0
         if path.parent.is_dir():
             free = shutil.disk_usage(path.parent).free / 2**30
         raise UserError(f"could not write {path} ({free:.1f} GiB free): {reason}. "
-                        "What was there before is unchanged") from error
+                        "It is as it was before") from error
 
 
-def copy(source, path):
+def link_or_copy(source, path):
     """Make `path` the same file as `source`, atomically: by a hard link if possible."""
     with written_beside(path) as beside:
         try:
@@ -51,15 +52,14 @@ def copy(source, path):
 def load(path, mmap=False):
     """The dict in a checkpoint file, its tensors on the CPU. Nothing in the file is executed.
 
-    With `mmap`, a tensor stays on the disk until it is used.
+    With `mmap`, the tensors stay on the disk: they need no memory.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; a run saves its first checkpoint after some "
                         "minutes")
     try:
-        damaged = damaged_record(path)
-        parts = None
+        damaged, parts = damaged_record(path), None
         if not damaged:
             parts = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:                  # torch has a dozen types for a broken file
@@ -76,16 +76,19 @@ def load(path, mmap=False):
 
 
 def damaged_record(path):
-    """The name of a record that is not what torch wrote, or None. torch itself does not look."""
+    """The name of a record of the zip file that is not what torch wrote, or None.
+
+    torch.load looks at no checksum.
+    """
     with zipfile.ZipFile(path) as records:
-        for record in records.infolist():       # torch compresses nothing and has no folders
+        for record in records.infolist():       # torch writes no compressed records, no folders
             if record.file_size != record.compress_size or record.external_attr & FOLDER:
                 return record.filename
         return records.testzip()                # compares checksums
 
 
 def check_parts(path, parts):
-    """Raise UserError if a checkpoint lacks what each has, or has something of another type."""
+    """Raise UserError if a key is missing in a checkpoint, or its value has another type."""
     origin = f"{path} is not a checkpoint of this project or of nanoGPT"
     keys = parts.keys() if isinstance(parts, dict) else ()
     missing = [key for key in REQUIRED if key not in keys]
@@ -103,13 +106,12 @@ def check_parts(path, parts):
 
 
 def read(name):
-    """(dict of a checkpoint, a label) of a run's folder, a checkpoint file, or a pretrained model.
+    """Read a run's folder, a .pt file or a pretrained model; return (checkpoint dict, label).
 
     A pretrained model is OpenAI's 'gpt2', 'gpt2-medium', ..., or a folder of transformers.
     """
-    path = Path(name)
-    if path.suffix != ".pt":
-        path = in_folder(name)
+    is_file = Path(name).suffix == ".pt"
+    path = Path(name) if is_file else best_or_newest(name)
     if path is None:
         return pretrained.read(str(name)), str(name)
     parts = load(path)
@@ -124,10 +126,10 @@ def best_loss(folder):
     try:
         return load(path, mmap=True)["best_val_loss"]
     except UserError as error:
-        raise UserError(f"{error}. Without {path} the run goes on from {NEWEST}") from None
+        raise UserError(f"{error}. Delete {path}, and the run goes on from {NEWEST}") from None
 
 
-def in_folder(folder):
+def best_or_newest(folder):
     """The checkpoint that stands for a run: best.pt, else ckpt.pt, else None."""
     for name in (BEST, NEWEST):
         if (Path(folder) / name).is_file():
@@ -142,15 +144,15 @@ def run_folder(out_dir=""):
         raise UserError("there is no run under out*/ with a checkpoint yet; "
                         "`python train.py config/quickstart.py` makes one in a few minutes, "
                         "--out_dir= names another folder")
-    if in_folder(folder) is None:
+    if best_or_newest(folder) is None:
         raise UserError(f"{folder} holds no {NEWEST} or {BEST}")
     return Path(folder)
 
 
-def newest_run(where="."):
-    """The folder out* (or one inside it) in `where` that saved a checkpoint last, or None."""
-    files = [file for name in (BEST, NEWEST) for pattern in (f"out*/{name}", f"out*/*/{name}")
-             for file in Path(where).glob(pattern)]
+def newest_run():
+    """The folder out* (or one inside it) that saved a checkpoint last, or None."""
+    patterns = [f"{folder}/{name}" for folder in ("out*", "out*/*") for name in (BEST, NEWEST)]
+    files = [file for pattern in patterns for file in Path().glob(pattern)]
     if not files:
         return None
     return max(files, key=lambda file: file.stat().st_mtime).parent

@@ -1,4 +1,4 @@
-"""How does a dataset lie on the disk, and how is it replaced without a moment of half of one?
+"""The files of a dataset, and how new ones replace them all at once.
 
     data/fineweb/train.bin  val.bin     uint16 token ids; every document is 50256, then its text
     data/fineweb/train.idx  val.idx     uint64 position where each document begins, and the end
@@ -21,7 +21,7 @@ from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
 FORMAT = 1                              # of meta.json and the files that it describes
 SPLITS = ("train", "val")
-NAMES = ("train.bin", "train.idx", "val.bin", "val.idx", "meta.json")
+NAMES = ("train.bin", "train.idx", "val.bin", "val.idx", "meta.json")     # renamed in this order
 HEADER = """\
                                       bytes   tokens a document:
         documents          tokens   a token    median      90 %     longest"""
@@ -64,7 +64,7 @@ def read_meta(folder):
 
 
 def is_whole(meta):
-    """Whether meta.json says of each split what its reader needs, each in its type."""
+    """Whether meta.json has what readers need of each split, each value in its type."""
     counts = [meta["splits"][split] for split in SPLITS]
     numbers = [count[name] for count in counts for name in (
         "documents", "tokens", "text_bytes", "max_token")]
@@ -111,7 +111,7 @@ def beginning(path, n_tokens):
 
 
 @contextlib.contextmanager
-def one_sentence(folder):
+def write_errors(folder):
     """Turn an OSError of writing (a full disk, a folder of somebody else) into a UserError."""
     try:
         yield
@@ -122,16 +122,16 @@ def one_sentence(folder):
 
 @contextlib.contextmanager
 def claimed(folder):
-    """Make the folder, and keep other processes from writing a dataset to it meanwhile.
+    """Make the folder, and lock it for the block. Only one process can write a dataset to it.
 
     Finishes what a process that was killed left. A new folder that stays empty is removed.
     """
     is_new = not folder.exists()
-    with one_sentence(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, "preparing a dataset")
     try:
-        with one_sentence(folder):
+        with write_errors(folder):
             rename_new_files(folder)
         yield
     finally:
@@ -153,7 +153,7 @@ def rename_new_files(folder):
     if (folder / "meta.json.new").exists():
         for name in NAMES:
             beside = folder / f"{name}.new"
-            if beside.exists():         # else a call that was killed renamed it
+            if beside.exists():         # else it was renamed before a kill
                 replace(beside, folder / name)
 
 
@@ -167,7 +167,7 @@ def new_dataset(folder):
 
     If the block raises, the new files are removed.
     """
-    with one_sentence(folder):
+    with write_errors(folder):
         writers = {split: SplitWriter(folder, split) for split in SPLITS}
         try:
             yield writers

@@ -1,9 +1,9 @@
-"""How do files become batches of documents?
+"""Files of text become batches of documents.
 
 A row of a .parquet file is a document: its text is in one column. A line of a .jsonl or .json file
 is one: its text is in one field. In a .txt file a document ends at <|endoftext|>, or at the first
-blank line after 16,000 letters. The last two kinds are UTF-8, or UTF-16 with a mark, and may be
-compressed, as .gz or .zst.
+blank line after 16,000 characters. Files that are not parquet are UTF-8, or UTF-16 with a byte
+order mark, and may be compressed, as .gz or .zst.
 """
 import contextlib
 import functools
@@ -30,27 +30,28 @@ SAMPLE = DATA / "sample" / "sample.parquet"
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst",
            ".txt", ".txt.gz", ".txt.zst")
 PACKED = (".gz", ".zst")
+OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "state.json")     # of Hugging Face
 BYTES_PER_TOKEN = 4.5               # of English text, about
-VAL_FRACTION = 0.005                # share of the documents that validate
-VAL_BYTES = 200_000                 # of text, which a small dataset should validate on
-MAX_VAL_FRACTION = 0.1              # the limit where the text is very small
+VAL_FRACTION = 0.005                # share of the documents that go into val
+VAL_BYTES = 200_000                 # of text that val should have, if the text is small
+MAX_VAL_FRACTION = 0.1              # but no more than this share
 ROWS = 256                          # documents read at once
 SEPARATOR = "<|endoftext|>"         # in a .txt file, between documents
-TXT_ENOUGH = 16_000                 # letters of a document after which a blank line ends it
-TXT_LONGEST = 250_000               # letters of a document after which any white space does
-LONGEST_WORD = 1000                 # letters that are read on to the next white space
-LONGEST_LINE = 1 << 28              # letters of a line of JSON; more would fill up the memory
+TXT_ENOUGH = 16_000                 # characters of a document after which a blank line ends it
+TXT_LONGEST = 250_000               # characters after which the next white space ends it
+LONGEST_WORD = 1000                 # characters; a long line is cut in a word that is longer
+LONGEST_LINE = 1 << 28              # characters of a line of JSON; more would fill the memory
 BYTE_ORDER_MARK = "\ufeff"          # some programs write it at the beginning of a file
 REPLACEMENT = "\ufffd".encode()
-HALF = re.compile(rb"\xed[\xa0-\xb1\xb4-\xbf][\x80-\xbf]")    # half a letter of UTF-16
-NO_UTF8 = re.compile(rb"\xed[\xb2\xb3][\x80-\xbf]")      # a byte as open_text() gives it, or a half
+HALF = re.compile(rb"\xed[\xa0-\xb1\xb4-\xbf][\x80-\xbf]")    # half of a surrogate pair
+NO_UTF8 = re.compile(rb"\xed[\xb2\xb3][\x80-\xbf]")      # what open_text() makes of a byte
 MAX_BROKEN = 0.001                  # share of a file's characters that may be no UTF-8, or NUL
-MAX_BROKEN_EARLY = 0.01             # the same in the middle of a file, so that 2 GB are not read
-EARLY = 1_000_000                   # characters before which the middle of a file says too little
+MAX_BROKEN_EARLY = 0.01             # the same for the beginning of a file: do not read 2 GB in vain
+EARLY = 1_000_000                   # characters of that beginning
 
 
 def find(names, dataset):
-    """The files that `names` mean (files and folders), in the order of their names.
+    """The files that `names` mean (files and folders), sorted by file name.
 
     Without names it is the one parquet file that `dataset` can mean.
     """
@@ -59,7 +60,7 @@ def find(names, dataset):
     paths = {}                          # {(disk, number of the file): path}: each file once
     for name in names:
         path = Path(name)
-        if not path.exists() or not str(name):
+        if not name or not path.exists():
             raise UserError(f"{name} does not exist")
         inside = [p for p in path.iterdir() if not is_hidden(p)] if path.is_dir() else [path]
         texts = [p for p in inside if p.is_file() and p.name.lower().endswith(ENDINGS)]
@@ -67,15 +68,17 @@ def find(names, dataset):
             raise UserError(f"{path} is no .parquet, .jsonl, .json or .txt file (the last three "
                             "also as .gz or .zst), and no folder with one")
         if others := sorted(set(inside) - set(texts)):
-            print(f"{path}: {len(others)} of {len(inside)} names are left out, as {others[0].name}")
-        for path in texts:
-            paths.setdefault((path.stat().st_dev, path.stat().st_ino), path)
+            print(f"{path}: {len(others)} of {len(inside)} names are left out, "
+                  f"such as {others[0].name}")
+        for text in texts:
+            paths.setdefault((text.stat().st_dev, text.stat().st_ino), text)
     return sorted(paths.values(), key=lambda path: (path.name, path))
 
 
 def is_hidden(path):
     """True for what programs leave beside a file of text: ._a.parquet, a.parquet.crc, meta.json."""
-    return path.name.startswith((".", "_")) or path.suffix == ".crc" or path.name in NAMES
+    is_left = path.name.startswith((".", "_")) or path.suffix == ".crc"
+    return is_left or path.name in (*NAMES, *OF_DATASETS)
 
 
 def parquet_files(folder):
@@ -98,7 +101,7 @@ def find_parquet(dataset):
         raise UserError(f"there is no parquet file under {DATA.resolve()} for {dataset}. `python "
                         "prepare.py FILE --dataset=NAME` reads yours, --download fetches FineWeb's")
     if len(paths) > 1:
-        raise UserError(f"{dataset} can mean {len(paths)} parquet files, as {paths[0]} and "
+        raise UserError(f"{dataset} can mean {len(paths)} parquet files, {paths[0]} and "
                         f"{paths[1]}. Name yours: `python prepare.py FILE --dataset={dataset}`")
     return paths[0]
 
@@ -176,7 +179,7 @@ def clean(column, counts):
         n_nul = len(data) - np.count_nonzero(data)
         counts["NUL"] += n_nul
         counts["broken"] += n_nul
-        counts["characters"] += np.count_nonzero(data >= -64)       # others go on with a letter
+        counts["characters"] += np.count_nonzero(data >= -64)       # bytes below continue one
     return texts
 
 
@@ -262,6 +265,7 @@ def open_text(file):
 def jsonl_documents(file, path, field):
     """Yield the text of every line, None for one without."""
     lines = iter(functools.partial(file.readline, LONGEST_LINE), "")
+    is_first = True
     for number, line in enumerate(lines, 1):
         if len(line) == LONGEST_LINE:
             raise UserError(f"line {number:,} of {path} is longer than {LONGEST_LINE:,} letters; "
@@ -273,13 +277,13 @@ def jsonl_documents(file, path, field):
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             while Path(path).suffix.lower() in PACKED and file.read(1 << 20):
-                pass                    # a damaged .gz says so at its end, which is the true reason
+                pass                    # if the .gz is damaged, reading on raises that error
             raise UserError(f"line {number:,} of {path} cannot be read as JSON ({error}): "
                             f"{line[:40]!r}") from None
         if not isinstance(record, dict):
             raise UserError(f"line {number:,} of {path} is no JSON object: {line[:40]!r}")
         text = record.get(field)
-        is_missing = number == 1 and field not in record
+        is_missing, is_first = is_first and field not in record, False
         if is_missing or not isinstance(text, str | None):
             raise UserError(f"line {number:,} of {path} has no text in {field!r}; set --text_column"
                             f" to one of the fields that it has: {', '.join(record)}")
@@ -291,13 +295,13 @@ def txt_documents(file):
     text = ""
     while line := file.readline(TXT_LONGEST):
         line = line.removeprefix(BYTE_ORDER_MARK)
-        for _ in range(LONGEST_WORD):       # a long line is cut, but not in a word or a separator
+        for _ in range(LONGEST_WORD):       # a long line is cut at white space
             if line[-1:].isspace() or not (letter := file.readline(1)):
                 break
             line += letter
-        *last_lines, line = line.split(SEPARATOR)
-        for last_line in last_lines:
-            yield trimmed(text + last_line)
+        *endings, line = line.split(SEPARATOR)
+        for ending in endings:
+            yield trimmed(text + ending)
             text = ""
         text += line
         if len(text) > TXT_LONGEST or (len(text) > TXT_ENOUGH and line.isspace()):

@@ -1,4 +1,4 @@
-"""How do a million documents become token ids? By gigatoken where it is installed, else tiktoken.
+"""A million documents become token ids, by gigatoken where it is installed, else by tiktoken.
 
 Both make the same ids, and both work in threads. gigatoken is many times as fast.
 """
@@ -18,9 +18,9 @@ from onecard.settings import UserError
 from onecard.tokenizer import END_OF_TEXT, VOCABULARY, GPT2Tokenizer, gpt2
 
 START = np.array([END_OF_TEXT], np.uint16)      # stands before every document
-RENEW_TOKENS = 48 << 20                 # of gigatoken, which then keeps up to a gigabyte of words
+RENEW_TOKENS = 48 << 20                 # by then, gigatoken remembers up to a gigabyte of words
 BATCH_BYTES = 4 << 20                   # of text; small batches cost more time
-MAX_THREADS = 3                         # of gigatoken: so many encode as fast as one thread reads
+MAX_THREADS = 3                         # of gigatoken: more would wait for the thread that reads
 
 
 @dataclass
@@ -38,9 +38,9 @@ def encode(columns, cfg):
     One thread reads the next column, others encode, and the caller works on a batch meanwhile.
     `cfg` has the settings encoder, num_proc and seed of prepare.py.
     """
-    n_threads, tokenize = cfg.num_proc or os.cpu_count(), by_tiktoken
+    tokenize, n_threads = by_tiktoken, cfg.num_proc or os.cpu_count()
     if choose(cfg.encoder) == "gigatoken":
-        n_threads, tokenize = min(n_threads, MAX_THREADS), Gigatoken()
+        tokenize, n_threads = Gigatoken(), min(n_threads, MAX_THREADS)
     pool, waiting = ThreadPoolExecutor(n_threads), deque()
     try:
         for column in read_ahead(joined(columns)):
@@ -114,7 +114,7 @@ def by_tiktoken(column):
 
 
 class Gigatoken:
-    """The same by the library gigatoken, but for disputed documents, which tiktoken encodes."""
+    """The same ids by the library gigatoken, faster. tiktoken encodes disputed documents."""
 
     def __init__(self):
         self.renew()
@@ -129,11 +129,11 @@ class Gigatoken:
         texts = column.cast(pa.large_binary()).to_pylist()
         encoded = self.tokenizer.encode_batch(texts, parallel=False).layout
         ids = encoded.content.data.astype(np.uint16)        # of all documents
-        limits = encoded.offsets.data.tolist()              # where each begins, and the end
-        documents = [ids[begin:end] for begin, end in itertools.pairwise(limits)]
+        offsets = encoded.offsets.data.tolist()             # where each begins, and the end
+        documents = [ids[begin:end] for begin, end in itertools.pairwise(offsets)]
         for i in disputed_documents(column):
             documents[i] = GPT2Tokenizer().encode(column[i].as_py())
-        self.n_tokens += len(ids)       # of all threads, about: they may add at the same time
+        self.n_tokens += len(ids)       # not exact: threads add at the same time
         if self.n_tokens > RENEW_TOKENS:
             self.renew()
         return documents
@@ -142,8 +142,8 @@ class Gigatoken:
 def disputed_documents(column):
     """Indices of the documents with a letter for which gigatoken and tiktoken may differ.
 
-    Their tables of letters are of different years. All letters that one of them may lack begin with
-    the bytes E0 (but not Devanagari, Thai), E1 80 to E1 B7, EA 80 to EA AF, or F0 (but not F0 9D
+    Their tables are of different versions of Unicode. All letters that one may lack begin with the
+    bytes E0 (but not Devanagari, Thai), E1 80 to E1 B7, EA 80 to EA AF, or F0 (but not F0 9D
     and F0 9F).
     """
     _, starts, data = column.buffers()              # joined() makes columns that are no slices

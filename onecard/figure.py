@@ -1,4 +1,4 @@
-"""How did the loss of one run, or of several, go down? A picture, by matplotlib."""
+"""The picture of plot.py and train.py: losses and learning rates of runs, by matplotlib."""
 import math
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from onecard.settings import UserError
 # colour-blind people can tell these apart (Okabe and Ito 2008); the dashes help in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
-LARGEST = 1e15                          # no number of a run is larger, and no axis ends at infinity
+LARGEST = 1e15                          # matplotlib fails at numbers that are much larger
 
 
 def draw(logs, path):
@@ -35,8 +35,9 @@ def make_figure(logs):
     for i, (name, entries) in enumerate(logs.items()):
         name = name.replace("$", r"\$")     # else it begins a formula
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-        for losses in draw_run(axes, name, entries, style):
-            late_losses.extend(losses[len(losses) // 10:])
+        means, val_losses = draw_run(axes, name, entries, style)
+        late_losses.extend(means[len(means) // 10:])
+        late_losses.extend(val_losses[len(val_losses) // 10:])
     low, high = min(late_losses), max(late_losses)
     margin = 0.05 * max(high - low, 0.1)
     axes[0, 0].set(ylabel="loss, nats a token", ylim=(low - margin, high + margin))
@@ -52,13 +53,14 @@ def make_figure(logs):
 
 
 def draw_run(axes, name, entries, style):
-    """Draw a run into all four axes; return its training losses, smoothed, and its val losses."""
+    """Draw a run into all four axes; return the smoothed training losses and the val losses."""
     # at step 0 the model has learned nothing: its loss is far above all others
     entries = [entry for entry in entries if entry["step"] > 0]
     train = [entry for entry in entries if is_drawable(entry.get("train_loss"))]
     val = [entry for entry in entries if is_drawable(entry.get("val_loss"))]
     if not train:
         raise UserError(f"{name}/log.jsonl holds no loss yet; the first step takes some minutes")
+    # evaluations have no tokens
     tokens_per_step = (column(train, "tokens") / column(train, "step"))[-1]
     losses, val_losses = column(train, "train_loss"), column(val, "val_loss")
     means = smoothed(losses)
@@ -84,7 +86,7 @@ def column(entries, key):
 
 
 def smoothed(losses):
-    """A running mean, over about a thirtieth of the losses; the newest one counts the most."""
+    """Their exponential moving average, over about a thirtieth of them."""
     keep = math.exp(-1 / max(len(losses) / 30, 3))
     total, weight, means = 0.0, 0.0, []
     for loss in losses:

@@ -1,4 +1,4 @@
-"""How is a file written so that a crash leaves the old one or the new one, never half of one?"""
+"""Files that a crash leaves complete, the old one or the new one; locks, encodings, checksums."""
 import contextlib
 import hashlib
 import os
@@ -22,7 +22,7 @@ def written_beside(path):
     """
     path = Path(path)
     beside = path.with_name(path.name + ".onecard-new")
-    # a killed process may have left it, perhaps as a second name of a file that must stay
+    # a killed process may have left it, perhaps as a hard link to a file that must stay
     beside.unlink(missing_ok=True)
     try:
         yield beside
@@ -34,7 +34,7 @@ def written_beside(path):
 
 def replace(beside, path):
     """Rename the finished file `beside` to `path`, after it has reached the disk."""
-    with open(beside, "rb+") as f:
+    with open(beside, "rb+") as f:      # Windows needs the +
         os.fsync(f.fileno())
     for wait_seconds in (0.1, 0.5, 2.0, None):
         try:
@@ -57,18 +57,18 @@ def write_text(path, text):
 
 
 def lock(folder, what):
-    """Keep other processes from `what` in this folder until this one ends, even by a kill.
+    """Lock a folder for this process, until unlock() or until it ends. `what` is for the message.
 
-    The second process gets a UserError. It can still read what is in the folder.
+    A second process that locks it gets a UserError. It can still read what is in the folder.
     """
     folder = Path(folder).resolve()
-    if os.name != "posix":              # Windows does not replace a file that is in use
+    if os.name != "posix":              # no such lock, but nobody can replace a file that is open
         return
     if folder in LOCKS and os.path.samestat(os.fstat(LOCKS[folder]), os.stat(folder)):
         return
-    unlock(folder)                      # of a folder that was moved away: this is another one
+    unlock(folder)                      # the folder was moved away, and this is a new one
     import fcntl
-    LOCKS[folder] = os.open(folder, os.O_RDONLY)        # other programs do not inherit it
+    LOCKS[folder] = os.open(folder, os.O_RDONLY)        # closed in other programs
     try:
         fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -87,12 +87,12 @@ def unlock(folder):
 
 
 def text_encoding(first_bytes):
-    """The name of a text's encoding: UTF-16 or 32 if it begins with that mark, else UTF-8."""
+    """The name of a text's encoding by its byte order mark: UTF-16, UTF-32, else UTF-8."""
     if first_bytes[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         return "utf-32"
     if first_bytes[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    return "utf-8-sig"                  # without the mark that some programs write
+    return "utf-8-sig"                  # without the mark, if it has one
 
 
 def sha256(path):

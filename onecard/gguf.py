@@ -1,10 +1,10 @@
-"""How does a model become a file for llama.cpp and Ollama?
+"""A model becomes a file for llama.cpp and Ollama.
 
 The file holds the weights in fp32, the shape of the network, and GPT-2's vocabulary.
 """
 import numpy as np
 
-from onecard.pretrained import transposed, vocabulary
+from onecard.pretrained import transposed, vocabulary_and_merges
 from onecard.settings import import_package
 from onecard.tokenizer import END_OF_TEXT
 
@@ -16,12 +16,12 @@ PARAMETER stop "<|endoftext|>"
 '''
 
 
-def write(folder, theirs):
+def write(folder, theirs, name):
     """Write `theirs`, from pretrained.to_transformers, and a Modelfile for Ollama to `folder`."""
     gguf = import_package("gguf", "--format=gguf")
     config = theirs.config
     writer = gguf.GGUFWriter(folder / "model.gguf", config.model_type)
-    writer.add_name(folder.name)
+    writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -38,8 +38,8 @@ def write(folder, theirs):
         writer.add_feed_forward_length(config.n_inner)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     add_tokenizer(writer, gguf.TokenType, config.vocab_size)
-    for name, array in tensors(theirs).items():
-        writer.add_tensor(name, array)
+    for key, array in tensors(theirs).items():
+        writer.add_tensor(key, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -49,7 +49,7 @@ def write(folder, theirs):
 
 
 def check(folder, theirs):
-    """Read the file back and compare every bit of its tensors. Returns how many there are."""
+    """Read the file back and compare every number of its tensors. Returns how many there are."""
     reader = import_package("gguf", "--format=gguf").GGUFReader(folder / "model.gguf")
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, array in tensors(theirs).items():
@@ -59,19 +59,19 @@ def check(folder, theirs):
 
 
 def tensors(theirs):
-    """{name in the file: fp32 array}. The gguf package has llama.cpp's table of names."""
+    """{name in the file: fp32 array}. The names are llama.cpp's, from the gguf package."""
     gguf = import_package("gguf", "--format=gguf")
     config, weights = theirs.config, theirs.state_dict()
     architecture = gguf.MODEL_ARCH[config.model_type.upper()]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    if config.tie_word_embeddings:          # llama.cpp takes the token embedding then
+    if config.tie_word_embeddings:          # then llama.cpp uses the token embedding
         del weights["lm_head.weight"]
     return {table.get_name(name, (".weight", ".bias")): w.numpy()
             for name, w in transposed(weights).items()}
 
 
 def add_tokenizer(writer, token_type, vocab_size):
-    tokens, merges = vocabulary()
+    tokens, merges = vocabulary_and_merges()
     # rows of the embedding that no token uses
     padding = [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
     writer.add_tokenizer_model("gpt2")

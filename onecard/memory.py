@@ -1,4 +1,4 @@
-"""How much memory does training need, and how is a micro-batch computed? Counted by hand.
+"""How much memory training needs, and which micro-batch is best. Counted by hand.
 
 Usually a step is at its peak while the loss is computed: it holds what all layers keep for the
 backward pass, and a chunk of logits.
@@ -16,11 +16,11 @@ import torch
 from onecard.loss import SMALLEST_CHUNK
 
 FRAGMENTATION = 1.05                    # what CUDA's allocator holds, of what is alive (H100: 1.03)
-MAX_WINDOWS = 2**12                     # of a micro-batch that is looked for
+MAX_WINDOWS = 2**12                     # no larger micro-batch is tried
 MAX_TOKENS = {"cuda": 2**16, "mps": 2**13, "cpu": 2**13}    # of a micro-batch; more is no faster
 # bytes that an RTX 4070 really moves while it computes one FLOP: 454 GB/s, 37 TFLOP/s
 BYTES_PER_FLOP = 1 / 80
-SLACK = 0.005                           # of the time of a token
+SLACK = 0.005                           # so much slower is good enough, to save memory
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Fit:
 def choose(cfg, size, machine, saved=None):
     """The smallest Fit with room that is at most half a per cent slower than the fastest.
 
-    A resumed run keeps the one that it had (`saved`, a dict) if there is room for it: another one
-    rounds otherwise.
+    If none has room, the one that needs the least memory. A resumed run keeps its own (`saved`, a
+    dict) if that has room: another one gives other rounding errors.
     """
     batch_sizes = [cfg.batch_size]
     if cfg.batch_size == 0:
@@ -47,7 +47,7 @@ def choose(cfg, size, machine, saved=None):
     for fit in traffics:
         if asdict(fit) == saved:
             return fit
-    if traffics:
+    if traffics:                        # as many bytes more as move in SLACK of a token's time
         limit = min(traffics.values()) + SLACK * BYTES_PER_FLOP * size.flops_per_token
         fits = [fit for fit in traffics if traffics[fit] <= limit]
     return min(fits, key=memory.get)
@@ -80,15 +80,17 @@ def fits_of(cfg, batch_size):
 
 
 def traffic(cfg, size, fit):
-    """Bytes a token that this Fit moves because it is small, and for what it recomputes.
+    """Bytes a token of this Fit for weights and recomputing; only differences have a meaning.
 
-    Counted in Inductor's schedule and in loss.py. Only differences between Fits have a meaning.
+    Weights are moved once a micro-batch, so small ones move more for each token. Counted in
+    Inductor's schedule and in loss.py.
     """
     c, tokens = size.network, fit.batch_size * cfg.block_size
     n_chunks = math.ceil(tokens / fit.chunk)
-    # of each micro-batch. A weight is cast to bf16 (6 bytes), and its gradient to fp32 and added to
-    # that of the micro-batch before (18). The head's is added up over chunks (16), and scaled
-    weights = 24 * size.blocks + (14 + 16 * n_chunks) * c.vocab_size * c.n_embd
+    # in each micro-batch, a weight is cast to bf16 (6 bytes), and its gradient is cast to fp32 and
+    # added to that of the micro-batch before (18). The head's is added up over chunks (16), and
+    # scaled in place (8)
+    weights = (6 + 18) * size.blocks + (6 + 16 * n_chunks + 8) * c.vocab_size * c.n_embd
     recomputed = 0
     if fit.recompute:
         weights += 6 * size.blocks      # they are cast again
@@ -111,11 +113,11 @@ def needed(cfg, size, machine, fit):
     if itemsize == 2 and not fit.recompute:
         kept += 2 * size.blocks         # the weights in bf16 or fp16
     peak = kept + needed_by_loss(c, tokens, fit.chunk, itemsize, cfg.compile)
-    if cfg.compile:                     # its backward ends with all new gradients at once
+    if cfg.compile:                     # its backward returns all new gradients together
         peak = max(peak, 4 * size.blocks + 8 * c.vocab_size * c.n_embd)
     if cfg.optimizer == "muon":
         state -= 4 * size.blocks        # a matrix has one average
-        # five stacks of all matrices of one shape: the attention's, or the first of the MLPs
+        # Muon holds five copies of its largest stack of matrices of one shape
         stack = c.n_layer * c.n_embd * max(4 * c.n_embd, mlp_width(c))
         peak = max(peak, 5 * itemsize * stack)
     return round(FRAGMENTATION * (state + peak))
@@ -124,26 +126,27 @@ def needed(cfg, size, machine, fit):
 def kept_by_layer(c, dtype, compiled, recompute):
     """Bytes of one token that a layer keeps for its backward pass."""
     C, itemsize = c.n_embd, dtype.itemsize
-    numbers = 4 * C + mlp_width(c)      # queries, keys, values, attention's result; MLP's first
+    # queries, keys, values, attention's result, and that of the MLP's first matrix
+    numbers = 4 * C + mlp_width(c)
     if c.position == "rotary" or c.qk_norm:
         numbers += 2 * C                # queries and keys once more, as attention sees them
     if not recompute:
         numbers += 2 * C + c.inner_size     # the results of both norms and the MLP's activation
     n_bytes = itemsize * numbers
-    # the stream, before attention and before the MLP: what their norms read
+    # the residual stream twice, before attention and before the MLP, in bf16 or fp32
     if compiled and dtype is torch.bfloat16:
-        n_bytes += 4 * C
-    else:                               # in fp32, beside fp16, too
-        n_bytes += 8 * C
+        n_bytes += 2 * 2 * C
+    else:
+        n_bytes += 2 * 4 * C
     if c.dropout:
-        n_bytes += 2 * C                # which numbers were dropped, in bytes
-    if not compiled:                    # a product's factors, even if they are quickly made again
+        n_bytes += 2 * C                # masks of attention's and the MLP's, a byte a number
+    if not compiled:                    # PyTorch keeps both factors of each product
         if c.mlp == "swiglu":
             n_bytes += itemsize * c.inner_size      # silu of the gate
         if c.qk_norm and itemsize == 2:
             n_bytes += 8 * C            # queries and keys in fp32
         if c.dropout:
-            n_bytes += 2 * C            # what was dropped, copied for attention
+            n_bytes += 2 * C            # a copy of the mask for attention
     return n_bytes
 
 
@@ -156,9 +159,9 @@ def mlp_width(c):
 
 def needed_by_loss(c, tokens, chunk, itemsize, compiled):
     """Bytes of the last norm's result, of a chunk's logits, and of the head's gradient."""
-    logit = itemsize                    # it becomes its own gradient
+    logit = itemsize                    # bytes; its gradient overwrites it
     if itemsize == 2 and not compiled:
-        logit = 6                       # in fp32, and once more in bf16
+        logit = 2 + 4                   # in bf16, and once more in fp32
     head = 2 + 4                        # its weight in bf16, and its gradient in fp32
     if chunk < tokens:
         head += 4                       # the sum of the chunks' gradients, and the next one

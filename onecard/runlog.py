@@ -154,8 +154,8 @@ class RunLog:
     def draw(self):
         """loss.png of this run, if matplotlib is installed. A picture never stops a run."""
         self.drawn = time.monotonic()
-        if self.progress.holds_old_run:
-            return
+        if self.progress.holds_old_run or self.progress.step == self.first_step:
+            return                          # no step of this run is in the log
         try:
             entries = read_log(self.path)
             figure.draw({str(self.out_dir): entries}, self.out_dir / "loss.png")

@@ -305,7 +305,7 @@ def can_compile(world):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
         return True
     except Exception as error:          # whatever it is, the run can go on without
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         world.print(f"torch.compile cannot work here, going on without it (slower): {reason}\n"
                     "It needs a C++ compiler and the Python headers (Debian and Ubuntu: sudo apt "
                     "install g++ python3-dev), on Windows with CUDA also triton-windows")

@@ -1,4 +1,4 @@
-"""Where does text come from if a user has none? From FineWeb's first file, or a small sample."""
+"""Text for a user who has none: FineWeb's first file, or a small sample."""
 import ast
 import shutil
 import sysconfig
@@ -13,7 +13,7 @@ from onecard.settings import UserError, import_package
 
 REPOSITORY = "HuggingFaceFW/fineweb"
 FILE = "data/CC-MAIN-2013-20/000_00000.parquet"         # 2 GB
-SHORTEST = 200                          # letters of a docstring or topic in the sample
+SHORTEST = 200                          # characters; shorter docstrings and topics are left out
 NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 
 
@@ -26,7 +26,7 @@ def download_fineweb():
     hub = import_package("huggingface_hub", "--download")
     try:
         path = hub.hf_hub_download(REPOSITORY, FILE, repo_type="dataset", local_dir=unfinished)
-    except Exception as error:          # of several libraries: no network, a full disk
+    except Exception as error:          # many kinds: no network, a full disk
         raise UserError(f"the download of {FILE} failed ({error}); the same command tries again"
                         ) from None
     replace(path, FINEWEB)
@@ -44,7 +44,7 @@ def write_sample(path):
 def documentation():
     """Yield the help topics of pydoc, and of each module of the library its docstrings as one text.
 
-    Short ones and those with sessions (>>>) are left out: they are no text that one would read.
+    Short ones are left out, and docstrings with sessions (>>>), which are not prose.
     """
     try:
         from pydoc_data.topics import topics

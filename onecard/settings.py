@@ -1,4 +1,4 @@
-"""How do a config file and --key=value become one checked, frozen dataclass?
+"""Config files and --key=value arguments become one checked, frozen dataclass.
 
     @dataclass(frozen=True)
     class TrainConfig:
@@ -6,8 +6,8 @@
 
     cfg = configure(TrainConfig, ["config/small.py", "--batch_size=4"])
 
-A config file is Python that leaves `key = value` lines behind. It may import and compute. Names
-that start with an underscore are its own. The command line wins over files, and later files win
+A config file is Python whose variables are the settings. It may import and compute. Names that
+start with an underscore are not settings. The command line wins over files, and later files win
 over earlier ones.
 """
 import dataclasses
@@ -26,12 +26,7 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake that a user can mend. Scripts print it as one sentence, without a traceback."""
-
-
-def at_least(minimum, settings, *names):
-    """Raise UserError unless each of these settings is `minimum` or more."""
-    in_range(minimum, math.inf, settings, *names)
+    """A mistake that the user can correct. Scripts print it in one line, without a traceback."""
 
 
 def in_range(minimum, maximum, settings, *names):
@@ -56,12 +51,9 @@ def import_package(name, purpose):
     """The optional package `name`, or a UserError that says how to install it."""
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:          # it is installed, and something that it needs is not
-            raise UserError(f"{purpose} needs {name}, which is installed, but does not work: "
-                            f"{error}") from error
-        raise UserError(f"{purpose} needs {name}: pip install {name}") from None
     except Exception as error:          # a broken package can raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise UserError(f"{purpose} needs {name}: pip install {name}") from None
         raise UserError(f"{purpose} needs {name}, which is installed, but does not work: "
                         f"{error}") from error
 
@@ -73,7 +65,7 @@ def configure(cls, argv, doc=""):
     arguments that do not end in .py go there. Raises UserError.
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "files"}
-    in_config_files, in_arguments, files = {}, {}, []
+    from_files, from_arguments, files = {}, {}, []
     arguments = iter(argv)
     for argument in arguments:
         if argument in ("-h", "--help"):
@@ -88,12 +80,12 @@ def configure(cls, argv, doc=""):
                 text = next(arguments, None)
                 if text and text.startswith("--"):          # the value was forgotten
                     text = None
-            in_arguments[key] = parse(text, fields[key])
+            from_arguments[key] = parse(text, fields[key])
         elif argument.endswith(".py"):
-            in_config_files |= read_settings(argument, fields)
+            from_files |= read_settings(argument, fields)
         else:
             files.append(argument)
-    settings = in_config_files | in_arguments
+    settings = from_files | from_arguments
     if files and not hasattr(cls, "files"):
         raise UserError(f"{files[0]}: not a config file (config/NAME.py) and not --key=value")
     if files:
@@ -107,12 +99,12 @@ def read_settings(path, fields):
     for key, value in read_config_file(path).items():
         source = f"{path}: {key} = {value!r}"
         check_name(key, fields, source)
-        settings[key] = check_type(value, fields[key], source)
+        settings[key] = convert(value, fields[key], source)
     return settings
 
 
 def read_config_file(path):
-    """Run a config file and return the settings that it leaves behind, {name: value}."""
+    """Run a config file and return its variables, {name: value}."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such config file")
     try:
@@ -133,7 +125,7 @@ def check_name(key, fields, source):
 
 
 def parse(text, field):
-    """The value of `field` that `text` from the command line means."""
+    """The value of a setting from its `text` on the command line."""
     if text is None:                    # --key was the last argument
         raise UserError(f"--{field.name} needs a value, as in --{field.name}={field.default}")
     if field.type is str:
@@ -148,7 +140,7 @@ def parse(text, field):
         number = parse_number(text)
     except ValueError:
         raise UserError(f"{source}: {field.name} is a number ({field.type.__name__})") from None
-    return check_type(number, field, source)
+    return convert(number, field, source)
 
 
 def parse_number(text):
@@ -159,16 +151,17 @@ def parse_number(text):
         return float(text)
 
 
-def check_type(value, field, source):
+def convert(value, field, source):
     """`value` in the type of `field`. An int may stand for a float, and 1e5 for an int."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{source}: {field.name} must be a finite number")
-    if type(value) is field.type:
-        return value
-    if field.type is float and type(value) is int:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if field.type is float and is_number:
         return float(value)
-    if field.type is int and type(value) is float and value.is_integer():
+    if field.type is int and is_number and value == int(value):
         return int(value)
+    if type(value) is field.type:       # a text, or True or False
+        return value
     raise UserError(f"{source}: {field.name} is of type {field.type.__name__}, "
                     f"not {type(value).__name__}")
 
@@ -179,15 +172,14 @@ def config_text(cfg):
 
 
 class Console:
-    """stdout or stderr, which drops what it cannot print: no print may end hours of training.
+    """stdout or stderr. It ignores a print that fails, so that no print ends hours of training.
 
-    A terminal can be closed, a pipe can lose its reader, and a disk can be full. A script that
-    makes nothing but what it prints ends then.
+    A print fails where a terminal was closed, a pipe has lost its reader, or a disk is full. With
+    `is_needed`, because the text is the only result of a script, the script ends then.
     """
 
     def __init__(self, stream, is_needed):
-        self.stream = stream
-        self.is_needed = is_needed      # what is printed is all that the script makes
+        self.stream, self.is_needed = stream, is_needed
 
     def write(self, text):
         self.attempt(self.stream.write, text)
@@ -201,7 +193,7 @@ class Console:
             method(*args)
         except (OSError, ValueError) as error:
             if self.is_needed:
-                sys.stdout = None       # Python must not try it again at its end
+                sys.stdout = None       # Python would try it again when it ends
                 sys.exit(f"cannot print: {error}")
 
     def __getattr__(self, name):
@@ -213,8 +205,8 @@ def open_consoles(prints_results):
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:                 # else the next file of the run would get this number, and
-            os.open(os.devnull, os.O_RDWR)      # what a library prints would land in it
+        except OSError:                 # it is closed. The next file that is opened would get its
+            os.open(os.devnull, os.O_RDWR)      # number, and all that libraries print
     sys.stdin = sys.stdin or open(os.devnull)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
@@ -225,19 +217,19 @@ def open_consoles(prints_results):
 
 
 def configure_and_run(main, cls, doc, prints_results=False):
-    """Run a script. What a user can mend becomes one sentence; a bug keeps its traceback.
+    """Run a script. A UserError is printed in one line; a bug keeps its traceback.
 
-    `prints_results`: what the script prints is all that it makes.
+    `prints_results`: the script has no other result than what it prints.
     """
     script = Path(sys.argv[0]).name
     open_consoles(prints_results)
     try:
         main(configure(cls, sys.argv[1:], doc))
     except UserError as error:
-        tqdm.write(f"{script}: {error}", file=sys.stderr)       # not into a progress bar
+        tqdm.write(f"{script}: {error}", file=sys.stderr)       # does not break a progress bar
         sys.exit(1)
     except OSError as error:
-        if error.errno is None:         # not from the system
+        if error.errno is None:         # a library made it, not the operating system
             raise
         name = error.filename or "a file"
         tqdm.write(f"{script}: cannot read or write {name}: {error.strerror}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Which documents validate? Those whose hash is below a limit, which is settled before the work.
+"""Documents go into the val split if their hash is below a limit, which is computed first.
 
 A hash is like a random number from 0 to 2**64, and equal documents have equal ones, so no text
-comes into both splits. The limit depends on the texts alone, not on how they lie in files.
+comes into both splits.
 """
 from collections import Counter
 
@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 from onecard import documents, encoder
 from onecard.settings import UserError
 
-ENOUGH = 20                             # if so many are expected, e**-20 is the chance of none
-MOST = 1 << 20                          # documents that look() keeps in memory
+ENOUGH = 20                             # documents; expecting 20, there are none with chance e**-20
+MOST = 1 << 20                          # documents that estimate() keeps in memory
 
 
 def val_limit(paths, cfg):
     """The limit, a uint64, for the documents of these files. `cfg` has prepare.py's settings."""
-    n_different, share = look(paths, cfg)
+    n_different, share = estimate(paths, cfg)
     if n_different * min(share, 1 - share) >= ENOUGH:
         return np.uint64(share * 2**64)
     # few documents: exactly their share, and at least one of each split
@@ -34,8 +34,8 @@ def val_limit(paths, cfg):
     return different[n_val]
 
 
-def look(paths, cfg):
-    """(how many different documents there are, the share for val), from as much text as decides."""
+def estimate(paths, cfg):
+    """(different documents that were read, share for val); reads until the answer is certain."""
     different, n_bytes, share = set(), 0, cfg.val_fraction
     for texts in documents.batches(paths, cfg.text_column, Counter()):
         n_bytes += pc.sum(pc.binary_length(texts)).as_py()

@@ -1,4 +1,4 @@
-"""How does a text become token ids, and how do ids become text again?
+"""Text becomes token ids, and ids become text again.
 
 GPT-2's vocabulary lies in data/gpt2.tiktoken, so nothing is downloaded. A folder of nanoGPT's
 character-level scripts brings its own vocabulary, meta.pkl.
@@ -22,10 +22,11 @@ N_VOCAB = 50257                         # ids 0 to 50256
 END_OF_TEXT = 50256                     # stands before every document
 
 # How GPT-2 cuts a text into words (Radford et al. 2019, encoder.py). `\s++$` is ours: the words are
-# the same, and white space at the end of a text needs no stack.
+# the same, and long white space at the end of a text needs no stack of the regex engine.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
-# Cut here if white space is so long that tiktoken's pattern runs out of stack (a million letters).
-# GPT-2 cuts there, too. Python counts \x1c to \x1f as white space, GPT-2 does not.
+# Where to cut a text whose white space is too long for it (a million characters): before the
+# last one ahead of a word, where GPT-2 cuts, too. Python counts \x1c to \x1f as white space, and
+# GPT-2 does not.
 GAP = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{100000})")
 
 
@@ -33,7 +34,8 @@ GAP = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{100000})")
 def gpt2():
     """tiktoken's encoder with GPT-2's vocabulary."""
     if not VOCABULARY.is_file() or sha256(VOCABULARY) != VOCABULARY_SHA256:
-        raise UserError(f"{VOCABULARY} is missing or changed; `git checkout {VOCABULARY}` mends it")
+        raise UserError(f"{VOCABULARY} is missing or changed; `git checkout {VOCABULARY}` "
+                        "restores it")
     lines = VOCABULARY.read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks,
@@ -99,7 +101,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def is_recorded(folder):
-    """Whether a dataset says which tokenizer made its ids. nanoGPT's of GPT-2's ids do not."""
+    """Whether a dataset says which tokenizer made its ids. nanoGPT's GPT-2 datasets do not."""
     return any((Path(folder) / name).is_file() for name in ("meta.json", "meta.pkl"))
 
 

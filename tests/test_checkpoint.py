@@ -39,7 +39,7 @@ def test_a_save_that_the_disk_has_no_room_for_leaves_the_old_file(work):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(UserError, match=r"could not write ckpt.pt \(.* GiB free\).*"
-                                            "What was there before is unchanged"):
+                                            "It is as it was before"):
             checkpoint.save("ckpt.pt", parts(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -67,7 +67,7 @@ def test_the_best_checkpoint_stays_when_the_newest_is_replaced(work, monkeypatch
             raise OSError("no links on this disk")
         monkeypatch.setattr(os, "link", no_link)
     checkpoint.save("ckpt.pt", parts(1))
-    checkpoint.copy("ckpt.pt", "best.pt")
+    checkpoint.link_or_copy("ckpt.pt", "best.pt")
     checkpoint.save("ckpt.pt", parts(2))
     assert torch.equal(head("best.pt"), parts(1)["model"]["lm_head.weight"])
     assert torch.equal(head("ckpt.pt"), parts(2)["model"]["lm_head.weight"])
@@ -109,11 +109,11 @@ def test_the_newest_run_is_found(work):
     (work / "out-later-but-empty").mkdir()
     os.utime(work / "out-a/ckpt.pt")
     assert checkpoint.newest_run() == checkpoint.run_folder() == Path("out-a")
-    checkpoint.copy("out/run/ckpt.pt", "out/run/best.pt")
+    checkpoint.link_or_copy("out/run/ckpt.pt", "out/run/best.pt")
     os.utime(work / "out/run/best.pt", (time.time() + 60, time.time() + 60))
     assert checkpoint.newest_run() == Path("out/run")
-    assert checkpoint.in_folder("out/run").name == "best.pt"
-    assert checkpoint.in_folder("out-a").name == "ckpt.pt"
+    assert checkpoint.best_or_newest("out/run").name == "best.pt"
+    assert checkpoint.best_or_newest("out-a").name == "ckpt.pt"
     with pytest.raises(UserError, match="out-later-but-empty holds no ckpt.pt or best.pt"):
         checkpoint.run_folder("out-later-but-empty")
 

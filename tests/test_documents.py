@@ -180,14 +180,14 @@ def test_names_mean_files_and_what_is_in_folders_and_no_name_the_one_parquet_fil
     paths = [Path(name) for name in ("f/B.TXT", "f/a.parquet", "g/aa.parquet", "f/b.Parquet",
                                      "f/c.jsonl.zst", "f/d.json.GZ")]
     hidden = [Path("f", name) for name in ("._a.parquet", ".x.txt", "_SUCCESS", "a.parquet.crc",
-                                         "meta.json")]
+                                         "meta.json", "dataset_infos.json")]
     for path in (*paths, *hidden, documents.SAMPLE):
         write(path, "")
     assert documents.find(["f", "g"], "x") == paths and capsys.readouterr().out == ""
     for name in ("f/readme.md", "f/g.parquet/part.md", "f/e.parquet.gz"):
         write(name, "")
     assert documents.find(["f", "g"], "x") == paths
-    assert capsys.readouterr().out == "f: 3 of 8 names are left out, as e.parquet.gz\n"
+    assert capsys.readouterr().out == "f: 3 of 8 names are left out, such as e.parquet.gz\n"
     assert documents.find(["f/b.Parquet", "./f/b.Parquet", "g"], "x") == paths[2:4]
     for name in ("data/other/x.PARQUET", "data/fineweb/y.parquet", documents.FINEWEB):
         write(name, "")
@@ -327,13 +327,14 @@ def test_a_line_of_json_that_never_ends_is_not_read_whole(work, monkeypatch):
     ({}, ["gone.parquet"], "gone.parquet does not exist"),
     ({"f/a.parquet.gz": ""}, ["f"], "f is no .parquet, .jsonl, .json or"),
     ({}, [], "there is no parquet file under"),
-    ({"data/a.parquet": "", "data/b.parquet": ""}, [], "can mean 2 parquet files, as data/a.pa"),
+    ({"data/a.parquet": "", "data/b.parquet": ""}, [], "can mean 2 parquet files, data/a.pa"),
     ({"a.parquet": "no parquet"}, ["a.parquet"], "a.parquet cannot be read"),
     ({"a.txt": "x"}, [""], " does not exist"),
     ({"a.jsonl": "[1]\n"}, ["a.jsonl"], "line 1 of a.jsonl is no JSON object: '[1]"),
     ({"a.json": "[" * 100_000}, ["a.json"], "line 1 of a.json cannot be read as JSON (maximum"),
     ({"a.jsonl": '{"text": "x"}\n\n{"text'}, ["a.jsonl"], "line 3 of a.jsonl cannot be read"),
     ({"a.jsonl": '{"text": "x"}\n{"text": 5}'}, ["a.jsonl"], "line 2 of a.jsonl has no text in"),
+    ({"a.jsonl": '\n{"content": "x"}'}, ["a.jsonl"], "line 2 of a.jsonl has no text in 'text'"),
     ({"a.jsonl": '{"body": "x", "n": 1}'}, ["a.jsonl"], "the fields that it has: body, n")])
 def test_a_mistake_is_one_sentence(work, files, names, sentence):
     for path, text in files.items():

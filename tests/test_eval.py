@@ -71,7 +71,7 @@ class SmallMemory(GPT):
 
 @pytest.mark.parametrize("kind, stride, batch_size, message", [
     (GPT, 1, 3, ""), (GPT, 5, 1, ""), (GPT, 16, 64, ""),
-    (SmallMemory, 8, 9, "out of memory: now 4 windows at a time\n")])
+    (SmallMemory, 8, 9, "out of memory: batch_size is 4 now\n")])
 def test_every_token_counts_once_in_any_memory(work, capsys, kind, stride, batch_size, message):
     model, rng = write_run("out", kind, vocab_size=64), np.random.default_rng(0)
     documents = [rng.integers(64, size=n + 1) for n in (0, 1, 15, 16, 17, 40, 100)]
@@ -123,6 +123,23 @@ def test_two_models_are_compared_document_by_document(evaluated, capsys):
                  f"bits per byte  {b['bits_per_byte']:.4f} +- ",
                  f"second - first: {b['loss'] - a['loss']:.4f} +- "):
         assert line in printed
+
+
+def test_models_are_compared_on_the_text_of_the_first_one_that_has_a_run(evaluated):
+    write_run("out-none", dataset="")
+    write_run("out-chars", dataset="chars", vocab_size=3)
+    with pytest.raises(UserError, match="out-none/.* has another vocabulary than data/chars"):
+        evaluated("--compare", "out-none", "out-chars")
+
+
+def test_only_a_result_on_the_runs_own_text_is_kept(evaluated):
+    write_run("out")
+    write_nanogpt(Path("data/others"), np.concatenate(IDS[:5]))
+    for other in ("--dataset=others", "--stride=1", "--split=train"):
+        evaluated(other)
+        assert not Path("out/eval.json").exists()
+    evaluated()
+    assert Path("out/eval.json").exists()
 
 
 @pytest.mark.parametrize("args, sentence", [

@@ -55,7 +55,7 @@ def test_a_folder_that_others_wrote_in_half_precision_is_read_as_fp32(work, conf
 
 @pytest.mark.parametrize("kind, changes, sentence", [
     ("Llama", dict(), "of type llama; use one of type gpt2 or qwen3"),
-    ("GPT2", dict(activation_function="relu"), "has activation_function = 'relu'; our blocks"),
+    ("GPT2", dict(activation_function="relu"), "has activation_function = 'relu'; our model"),
     ("Qwen3", dict(num_key_value_heads=2), "num_key_value_heads = 2"),
     ("Qwen3", dict(head_dim=32), "head_dim = 32"),
     ("Qwen3", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)), "linear"),
@@ -114,7 +114,7 @@ def test_a_damaged_file_of_weights_is_one_sentence(work, position):
 def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, n_rows, identity):
     config = transformers.GPT2Config(**SHAPE | dict(vocab_size=n_rows))
     transformers.GPT2LMHeadModel(config).save_pretrained("one")
-    tokens, merges = pretrained.vocabulary()
+    tokens, merges = pretrained.vocabulary_and_merges()
     if change == "two tokens swapped":
         tokens["A"], tokens["B"] = tokens["B"], tokens["A"]
     elif change == "one token more":

@@ -321,7 +321,7 @@ def test_a_damaged_best_pt_says_what_to_do(tiny):
     run_tiny(max_iters=6)
     os.unlink("out/best.pt")                        # the same file as ckpt.pt
     Path("out/best.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="Without out/best.pt the run goes on from ckpt.pt"):
+    with pytest.raises(UserError, match="Delete out/best.pt, and the run goes on from ckpt.pt"):
         run_tiny(init_from="resume")
     os.unlink("out/best.pt")
     run_tiny(init_from="resume")

@@ -48,6 +48,12 @@ def test_without_a_terminal_steps_are_printed_every_ten_seconds_at_most(tiny):
     assert len(read_log("out/log.jsonl")) == 2 + 60 + 3         # nothing is left out there
 
 
+def test_before_the_first_step_nothing_is_said_of_a_picture(tiny):
+    done = shell("{train}", max_iters=0)
+    assert "step 0: val loss" in done.stdout and done.returncode == 0
+    assert "loss.png" not in done.stdout + done.stderr
+
+
 def test_ctrl_c_saves_although_it_ends_the_reader_of_the_pipe_too(tiny):
     process = start(tiny, max_iters=10**6, lr_decay_iters=10**6)
     wait_for(process, "step 10/")

@@ -59,8 +59,9 @@ def test_a_recipe_takes_the_modern_network_from_any_folder(work):
 
 
 def test_a_config_file_may_compute_and_import(work):
-    (work / "c.py").write_text("import math\nfrom math import sqrt\n_half = 6\n"
-                               "size = 3 * _half\nrate = sqrt(4)\nname = f'{math.pi:.2f}'\n")
+    (work / "c.py").write_text("import math\nimport numpy as np\nfrom math import sqrt\n_half = 6\n"
+                               "size = sqrt(9) * _half\nrate = np.sqrt(4)\n"
+                               "name = f'{math.pi:.2f}'\n")
     assert configure(Settings, ["c.py"]) == Settings(size=18, rate=2.0, name="3.14")
 
 
