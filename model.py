@@ -1,13 +1,13 @@
-"""What is the network? GPT-2, with the parameter names of OpenAI's checkpoint.
+"""The network: GPT-2, with the parameter names of OpenAI's checkpoint.
 
-The settings of config/modern.py turn the same blocks into those of Qwen3. Sizes in comments:
+With the settings of config/modern.py, its blocks are built like those of Qwen3. Sizes in comments:
 B batch, T time, L = n_layer, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch._functorch.config  # see GPT.compile
+import torch._functorch.config  # for GPT.compile: torch has no public switch for it
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -39,8 +39,8 @@ class GPTConfig:
     n_inner: int = 0                    # hidden width of the MLP; 0 means 4 C, or 8/3 C for swiglu
     tie_word_embeddings: bool = True    # the head shares the weights of the token embedding
     embed_norm: bool = False            # normalize the token embedding
-    zero_init: bool = False             # start with the output projections at zero
-    rope_theta: float = 10000.0         # rotary: a larger one turns slower, for longer contexts
+    zero_init: bool = False             # c_proj and a head of its own begin at zero
+    rope_theta: float = 10000.0         # base of the rotary angles; larger for longer contexts
 
     def __post_init__(self):
         in_range(1, 1000, self, "n_layer")
@@ -80,16 +80,16 @@ class GPTConfig:
         for key, value in args.items():
             args[key] = convert(value, known[key], f"this checkpoint has {key} = {value!r}")
         if block_size > args["block_size"]:
-            raise UserError(f"block_size = {block_size}, but this model has learned "
-                            f"{args['block_size']} positions; use at most these")
+            raise UserError(f"block_size = {block_size}, but the context of this model is "
+                            f"{args['block_size']} tokens; use at most that")
         if block_size:
             args["block_size"] = block_size
         return cls(**args)
 
     def model_args(self):
-        """The dict in a checkpoint: nanoGPT's seven settings, and what differs from GPT-2's."""
+        """The dict in a checkpoint: nanoGPT's seven settings, and others unlike GPT-2's."""
         return {key: value for key, value in asdict(self).items()
-                if key in NANOGPT_ARGS or value != getattr(GPTConfig, key)}     # its default
+                if key in NANOGPT_ARGS or value != getattr(GPTConfig, key)}
 
     @property
     def head_size(self):
@@ -99,13 +99,14 @@ class GPTConfig:
     def inner_size(self):
         if self.n_inner:
             return self.n_inner
-        if self.mlp == "swiglu":        # three matrices, not two; a multiple of 64 is fast
+        # as many weights as 4 C with two matrices, because swiglu has three; 64: tiles of a GPU
+        if self.mlp == "swiglu":
             return math.ceil(8 * self.n_embd / 3 / 64) * 64
         return 4 * self.n_embd
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in fp32 whatever the dtype of the input: no weight is rounded."""
+    """torch's LayerNorm, computed in fp32, so that a bf16 input does not round the weights."""
 
     def forward(self, x):
         shape, weight, bias = self.normalized_shape, self.weight, self.bias
@@ -165,7 +166,7 @@ class MLP(nn.Module):
         self.kind = config.mlp
         n_outputs = config.inner_size
         if self.kind == "swiglu":
-            n_outputs *= 2              # first half: the gate; second half: what it multiplies
+            n_outputs *= 2              # the gate, and the values that it multiplies
         self.c_fc = nn.Linear(config.n_embd, n_outputs, bias=config.bias)
         self.c_proj = nn.Linear(config.inner_size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -173,8 +174,8 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.c_fc(x)                                                      # (B, T, inner)
         if self.kind == "swiglu":
-            gate, x = x.chunk(2, dim=2)
-            x = F.silu(gate) * x
+            gate, value = x.chunk(2, dim=2)
+            x = F.silu(gate) * value
         elif self.kind == "gelu_tanh":
             x = F.gelu(x, approximate="tanh")
         else:
@@ -199,8 +200,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_of_logits = loss_of_logits    # an attribute, so that compile() can replace it
-        self.loss_chunk = SMALLEST_CHUNK        # tokens whose logits exist at the same time
+        self.loss_of_logits = loss_of_logits    # compile() replaces it
+        self.loss_chunk = SMALLEST_CHUNK        # tokens in a chunk of the loss
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -212,7 +213,7 @@ class GPT(nn.Module):
         self.transformer["ln_f"] = make_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight   # Press and Wolf 2017
+            self.lm_head.weight = self.transformer.wte.weight   # shared (Press and Wolf 2017)
         self.init_weights()
 
     def init_weights(self):
@@ -220,11 +221,13 @@ class GPT(nn.Module):
         c = self.config
         matrix_std, head_std = 0.02, 0.02
         residual_std = 0.02 / math.sqrt(2 * c.n_layer)      # the residual stream sums 2 L outputs
-        if c.zero_init:                 # 0.55: as nanochat and modded-nanogpt have it
-            matrix_std, residual_std, head_std = 0.55 / math.sqrt(c.n_embd), 0.0, 0.0
+        if c.zero_init:
+            matrix_std = 0.55 / math.sqrt(c.n_embd)         # nanochat's and modded-nanogpt's value
+            residual_std, head_std = 0.0, 0.0
         embedding_std = 0.02
+        # the norm scales the embedding anyway. But a head that shares it needs small weights
         if c.embed_norm and not c.tie_word_embeddings:
-            embedding_std = 1.0         # a norm follows; a tied head would need small weights
+            embedding_std = 1.0
 
         nn.init.normal_(self.transformer.wte.weight, std=embedding_std)
         if c.position == "learned":
@@ -234,7 +237,7 @@ class GPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=matrix_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
-            if c.qk_norm:               # together 1.44: sharper attention (nanochat)
+            if c.qk_norm:               # q k' begins 1.44 times as large (nanochat)
                 nn.init.constant_(block.attn.q_norm.weight, 1.2)
                 nn.init.constant_(block.attn.k_norm.weight, 1.2)
         if not c.tie_word_embeddings:
@@ -284,10 +287,10 @@ class GPT(nn.Module):
         """Compile in place; the weights keep their names.
 
         With `recompute`, backward computes cheap activations again instead of reading them: half
-        the memory, some 2 % slower. hidden() and the loss become two graphs. In one graph, the
-        logits of all chunks would stay in memory until the end.
+        the memory, some 2 % slower.
         """
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
+        # two graphs: in one, the logits of all chunks would stay in memory until the end
         self.hidden = torch.compile(self.hidden, **options)
         self.loss_of_logits = torch.compile(self.loss_of_logits, **options)
 
@@ -302,8 +305,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of forward and backward for a token of a full window; a multiply-add counts twice.
 
-        6 for each weight that is multiplied (blocks and head), and 6 L C T for attention: half of
-        12 L C T (PaLM's appendix B), because a token sees T / 2 others on average.
+        6 for each weight of a matrix (blocks and head). Attention to all T tokens is 12 L C T
+        (PaLM's appendix B); causal attention is half of it, because a token sees T / 2 on average.
         """
         c = self.config
         multiplied = self.lm_head.weight.numel() + sum(
@@ -352,15 +355,15 @@ class Opened:
     model: GPT                          # on the CPU
     label: str                          # to print
     vocabulary: object                  # its tokenizer
-    dataset: str                        # the one that its run trained on; "" if nobody says
+    dataset: str                        # its run trained on it; "" if that is not known
 
 
 def open_model(name):
-    """The Opened model of a run, a file, a folder of transformers; see checkpoint.read()."""
+    """The Opened model of a run's folder, a .pt file or a pretrained one; see checkpoint.read()."""
     parts, label = checkpoint.read(name)
     model, vocabulary = GPT.from_checkpoint(parts), tokenizer.of_checkpoint(parts)
     if isinstance(vocabulary, tokenizer.UnknownTokenizer):
         raise UserError(f"{label}: its {model.config.vocab_size:,} ids are neither GPT-2's nor "
-                        "characters that somebody recorded, so they cannot become text. For "
-                        "nanoGPT's characters, the folder with their meta.pkl must be under data/")
+                        "characters of a known dataset, so they cannot become text. For nanoGPT's "
+                        "characters, the folder with their meta.pkl must be under data/")
     return Opened(model, label, vocabulary, str(parts.get("config", {}).get("dataset", "")))

@@ -33,22 +33,22 @@ class TrainConfig(GPTConfig):
     out_dir: str = "out"                # folder of ckpt.pt, best.pt, log.jsonl, config.py, loss.png
     eval_interval: int = 2000           # steps from one evaluation to the next
     log_interval: int = 1               # steps from one line of log.jsonl to the next
-    eval_iters: int = 200               # batches in an evaluation, always the first ones of val
-    sample_tokens: int = 60             # tokens that it writes after an evaluation; 0 = none
+    eval_iters: int = 200               # batches of val in an evaluation, the same ones every time
+    sample_tokens: int = 60             # tokens of the sample after an evaluation; 0 = no sample
     eval_only: bool = False             # evaluate once and exit
-    always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
+    always_save_checkpoint: bool = True     # False: save only if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
     max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
-    hours: float = 0.0                  # set max_iters so that the run takes this long; 0 = do not
-    # go on at the same step: resume (with the run in out_dir), FILE.pt
-    # take the weights and begin at step 0: gpt2, a folder of a run or of transformers
+    hours: float = 0.0                  # choose max_iters so that the run takes so long; 0 = do not
+    # resume goes on with the run in out_dir, and FILE.pt with that checkpoint. gpt2, or the folder
+    # of a run or of transformers, gives only its weights to a new run
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
-    force: bool = False                 # start even if the plan or the checkpoint does not fit
+    force: bool = False                 # start even if memory or disk is short, or settings differ
     # the plan
     dry_run: bool = False               # print the plan and exit; changes nothing on the disk
     device_name: str = ""               # dry_run: plan for this card, such as 'RTX 4070'
-    n_tokens: int = 0                   # dry_run: tokens of the dataset; 0 = read them from it
+    n_tokens: int = 0                   # dry_run: number of tokens; 0 = that of the dataset
     # wandb, tensorboard
     wandb_log: bool = False             # also log to Weights & Biases
     wandb_project: str = "owt"          # its project
@@ -66,7 +66,7 @@ class TrainConfig(GPTConfig):
     optimizer: str = "adamw"            # adamw; muon: Muon for matrices, AdamW for the rest
     learning_rate: float = 6e-4         # the highest rate; muon needs about 0.02
     max_iters: int = 600000             # steps in all
-    weight_decay: float = 0.1           # of matrices; biases and norms have none
+    weight_decay: float = 0.1           # of matrices (with muon, of blocks only); norms have none
     beta1: float = 0.9                  # AdamW: decay of the average gradient
     beta2: float = 0.95                 # AdamW: decay of the average squared gradient
     grad_clip: float = 1.0              # clip the gradient to this norm; 0 = never
@@ -74,18 +74,19 @@ class TrainConfig(GPTConfig):
     lr_schedule: str = "cosine"         # cosine, or wsd: warm up, stay, cool down
     warmup_iters: int = 2000            # steps of linear warm-up
     lr_decay_iters: int = 600000        # cosine only: step that reaches min_lr; usually max_iters
-    cooldown: float = 0.4               # wsd only: the last share of max_iters falls to min_lr
+    cooldown: float = 0.4               # wsd only: the rate falls in the last share of max_iters
     min_lr: float = 6e-5                # the last learning rate; usually a tenth of the highest
     # only for optimizer = 'muon'
-    embedding_lr: float = 0.25          # of the token embedding, times sqrt(768 / n_embd)
-    head_lr: float = 0.003              # of the head, also if it is tied; times sqrt(768 / n_embd)
-    scalar_lr: float = 0.006            # of norms, biases and the position embedding
+    # embedding_lr and head_lr are for a width of 768; they are multiplied by sqrt(768 / n_embd)
+    embedding_lr: float = 0.25          # of the token embedding
+    head_lr: float = 0.003              # of the head; tied, of what it shares with the embedding
+    scalar_lr: float = 0.006            # of all other weights: norms, biases, position embedding
     embedding_weight_decay: float = 0.001   # of the token embedding
     head_weight_decay: float = 0.01     # of the head
-    momentum: float = 0.95              # of the matrices; it rises from 0.85 to this value
+    momentum: float = 0.95              # of Muon; it begins at 0.85 and rises to this
     momentum_warmup: int = 300          # steps in which the momentum rises
-    muon_beta2: float = 0.95            # makes the updates of all outputs equally large; 0 = off
-    cautious: bool = True               # weight decay only where the update shrinks the weight
+    muon_beta2: float = 0.95            # decay of each output's average squared update; 0 = off
+    cautious: bool = True               # decay a weight only if its update shrinks it, too
     # machine
     backend: str = "auto"               # of torchrun: nccl for CUDA, gloo otherwise
     device: str = "auto"                # cuda, cuda:1, mps, cpu; auto takes the best one
@@ -109,7 +110,7 @@ class TrainConfig(GPTConfig):
         one_of(self, optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd"),
                backend=("auto", "nccl", "gloo"), recompute=("auto", "yes", "no"))
         if self.recompute == "yes" and not self.compile:
-            raise UserError("recompute = 'yes' needs --compile=True: only a compiled model can")
+            raise UserError("recompute = 'yes' works only with --compile=True")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
         optim.check_schedule(self)
@@ -120,6 +121,7 @@ class TrainConfig(GPTConfig):
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
                             f"a step is. 12 windows x {self.gradient_accumulation_steps} x "
                             f"{self.block_size:,} are --tokens_per_step={usual}")
+        # batch_size = 0: whole windows are enough
         micro_batch = max(self.batch_size, 1) * self.block_size
         if self.tokens_per_step % micro_batch > 0:
             nearest = max(self.tokens_per_step // micro_batch, 1) * micro_batch
@@ -138,22 +140,22 @@ class TrainConfig(GPTConfig):
 # before the run
 
 def network_of(cfg, saved):
-    """The GPTConfig of the run: from the checkpoint `saved` (a dict), or new if that is None."""
+    """The GPTConfig of the run: from the checkpoint `saved`, a dict, or if it is None from cfg."""
     if saved:
         return GPTConfig.from_checkpoint(saved, cfg.dropout, cfg.block_size)
     vocabulary = tokenizer.of_dataset(folder_of(cfg.dataset), cfg.vocab_size)
-    if isinstance(vocabulary, tokenizer.CharTokenizer):
+    if isinstance(vocabulary, tokenizer.CharTokenizer):     # has far fewer ids than 50,304
         return GPTConfig.of(cfg, vocab_size=vocabulary.n_vocab)
     return GPTConfig.of(cfg)
 
 
 def plan_of(cfg, network, machine, known_tokens=None, saved=None):
-    """The Plan of a run on a machine; its cfg has a batch_size above 0."""
+    """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits."""
     with torch.device("meta"):          # a model without memory, only to count its parameters
         size = plan.Size.of(GPT(network))
-    # batch_size, chunk and recompute that fit
+    # how a micro-batch is computed: batch_size, chunk, recompute. A resumed run keeps its own
     fit = memory.choose(cfg, size, machine, resume.saved_fit(cfg, saved))
-    val_windows = resume.val_windows(cfg, saved)
+    val_windows = resume.val_windows(cfg, saved)        # kept, too
     cfg = replace(cfg, batch_size=fit.batch_size)
     return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens)
 
@@ -166,7 +168,7 @@ def recipe_advice(cfg, machine, known_tokens):
     recipes = {}
     for name in advice.RECIPES:
         recipe = configure(TrainConfig, [str(runtime.PROJECT / advice.config_file(name))])
-        recipe = replace(recipe, compile=cfg.compile)
+        recipe = replace(recipe, compile=cfg.compile)       # False where compiling is impossible
         recipes[name] = plan_of(recipe, GPTConfig.of(recipe), machine, known_tokens)
     return advice.text(recipes, cfg.hours)
 
@@ -174,7 +176,7 @@ def recipe_advice(cfg, machine, known_tokens):
 def make_plan(cfg, network, saved, world):
     """Print what the run will cost. Return the Plan, and `cfg` with a batch_size above 0."""
     machine = cards.machine_of(world.device, world.dtype, world.size)
-    cfg = resume.with_fitted_steps(cfg, saved, world)       # max_iters of an earlier --hours
+    cfg = resume.with_fitted_steps(cfg, saved, world)       # what --hours chose before a resume
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -185,7 +187,7 @@ def make_plan(cfg, network, saved, world):
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
-    if resume.goes_on(cfg):             # resume or FILE.pt: only the remaining steps cost time
+    if resume.goes_on(cfg):             # resume or FILE.pt: only the steps that are left cost time
         speed = measured_speed(cfg.out_dir, machine.name)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
     world.print(plan.text(run_plan))
@@ -204,7 +206,7 @@ def open_data(cfg, network, saved, world):
     """The two splits of the dataset, and the tokenizer of its ids."""
     folder = folder_of(cfg.dataset)
     train_data = Dataset(folder, "train", cfg.block_size, cfg.seed)
-    val_data = Dataset(folder, "val", cfg.block_size)
+    val_data = Dataset(folder, "val", cfg.block_size)       # no seed: it is never shuffled
     train_data.check_vocabulary(network.vocab_size)
     val_data.check_vocabulary(network.vocab_size)
     vocabulary = tokenizer.of_dataset(folder, network.vocab_size)
@@ -216,7 +218,7 @@ def make_state(cfg, network, saved, fixed_parts, world):
     """The State of the run: new, or as the checkpoint `saved` has it."""
     torch.manual_seed(cfg.seed)
     model = GPT(network)
-    model.loss_chunk = fixed_parts["fit"]["chunk"]  # tokens whose logits exist at the same time
+    model.loss_chunk = fixed_parts["fit"]["chunk"]  # tokens in a chunk of the loss
     if saved:
         model.load_weights(saved)
     model.to(world.device)
@@ -235,13 +237,13 @@ def make_state(cfg, network, saved, fixed_parts, world):
 def evaluate(batches, model, val_data, n_windows):
     """Mean loss over the first `n_windows` of val: the same ones every time.
 
-    Of `batches`, only the size of a micro-batch and the world are used.
+    `batches` says how large a micro-batch is; with_less_memory() may make it smaller.
     """
     model.eval()
     losses, counts = [], []
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
         loss = torch.zeros((), device=idx.device)
-        if n > 0:                       # the last batches of a rank may have no windows
+        if n > 0:                       # 0: other ranks have one batch more than this one
             with batches.world.autocast():
                 loss = model(idx, targets)      # the mean over n windows
         losses.append(loss)
@@ -254,11 +256,11 @@ def evaluate(batches, model, val_data, n_windows):
 
 
 def sample(model, vocabulary, cfg, world):
-    """What the model writes now, from the same beginning and with the same seed every time.
+    """Let the model write a new document, always with the same seed.
 
-    None of the run's random numbers is used.
+    The run's own random numbers stay as they are.
     """
-    can_decode = vocabulary.n_vocab is not None
+    can_decode = vocabulary.n_vocab is not None         # None: an unknown tokenizer
     if not (can_decode and cfg.sample_tokens and world.is_main):
         return ""
     model.eval()
@@ -273,7 +275,7 @@ def sample(model, vocabulary, cfg, world):
 
 def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
-    ddp_model.zero_grad(set_to_none=True)       # a first call may have run out of memory half-way
+    ddp_model.zero_grad(set_to_none=True)       # of a call that ran out of memory half-way
     loss_sum = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP exchanges gradients only where this is True: in the last micro-batch
@@ -286,9 +288,9 @@ def forward_backward(batches, ddp_model, step, scaler):
 
 
 def with_less_memory(compute, batches, *args):
-    """compute(batches, ...), and again with smaller micro-batches for as long as memory runs out.
+    """Call compute(batches, *args), and again with smaller micro-batches if memory runs out.
 
-    With several GPUs the run ends instead.
+    With several GPUs, halve() ends the run instead: all would have to halve at the same time.
     """
     while True:
         try:
@@ -296,7 +298,7 @@ def with_less_memory(compute, batches, *args):
         except (RuntimeError, MemoryError) as error:
             if not runtime.is_out_of_memory(error):
                 raise
-        # not inside of except: the traceback would keep the tensors of what failed
+        # after the except block: inside it, the error keeps tensors in memory
         runtime.free_memory(batches.world.device)
         batches.halve()                         # a UserError if that is impossible
         batches.world.print(f"out of memory: going on with {batches.size} windows at a time, "
@@ -318,20 +320,20 @@ def fit_to_hours(cfg, log, progress, world):
 
 
 def update(optimizer, scaler):
-    """Change the weights, by the gradients that were unscaled before."""
+    """Change the weights by their gradients, which are unscaled already."""
     try:
         scaler.step(optimizer)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
-        raise UserError("out of memory in the optimizer, which needs as much with every batch_size."
-                        " A smaller n_layer or n_embd fits; ckpt.pt is as it was") from None
+        raise UserError("out of memory in the optimizer, where a smaller batch_size does not help. "
+                        "A smaller n_layer or n_embd does; ckpt.pt is as it was") from None
     scaler.update()
     optimizer.zero_grad(set_to_none=True)       # frees the gradients before an evaluation
 
 
 def main(cfg):
-    # where does it run: ranks of torchrun, device, dtype
+    # where does it run: ranks of torchrun, device, dtype. A dry run may plan for another machine
     world = runtime.start(cfg.device, cfg.dtype, cfg.backend)
     if cfg.compile and not cfg.dry_run and not runtime.can_compile(world):
         cfg = replace(cfg, compile=False, recompute="auto")
@@ -346,8 +348,8 @@ def main(cfg):
         return
 
     # data: each epoch shuffles all documents again, joins them and cuts them into windows of
-    # block_size tokens. Window i of the run (i counts on over all epochs) depends only on seed and
-    # i. Step s takes the windows from s * windows_per_step on, so a resumed run needs only its step
+    # block_size tokens. All windows of the run have a number, and step s takes those from
+    # s * windows_per_step on. So the order needs only the seed and the step, also after a resume
     train_data, val_data, vocabulary = open_data(cfg, network, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
     n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
@@ -366,11 +368,11 @@ def main(cfg):
         log.open(train_data)
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
-        model.compile(run_plan.fit.recompute, dynamic=False)    # in place, names stay
+        model.compile(run_plan.fit.recompute, dynamic=False)    # the weights keep their names
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     guard = Guard(network.vocab_size, scaler)   # stops a run that diverges
-    stop = runtime.stop_event()                 # set by the first Ctrl-C; a second one kills
+    stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
     gc.freeze()
     gc.disable()                                # Python's garbage collector would delay steps
@@ -391,7 +393,7 @@ def main(cfg):
         if cfg.eval_only:
             break
 
-        # save ckpt.pt; copy it to best.pt, and before a cooldown to stable.pt
+        # save ckpt.pt; copy it to best.pt if val improved, and before a cooldown to stable.pt
         improved = evaluates and progress.val_loss < progress.best_val_loss
         out_of_time = trained and 0 < cfg.max_hours < log.hours_of_process()
         ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
@@ -399,13 +401,13 @@ def main(cfg):
         stable = optim.is_before_cooldown(step, cfg)
         overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
         if trained and world.any(ending or worth_saving or stable or overdue):
-            if not evaluates:                   # is it broken? A few windows show it
+            if not evaluates:                   # a few windows show whether the model is broken
                 progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, progress.val_loss)
             train_data.check_unchanged()
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
-            log.flush()                         # only now replace the log of an older run
+            log.flush()                         # an older run's log stayed until this save
             saved_time = time.monotonic()
         if ending:
             break
@@ -417,7 +419,7 @@ def main(cfg):
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        # the one wait for the GPU in a step
+        # tolist() waits for the GPU, which has all kernels of the step by then
         loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()
         guard.before_update(step + 1, loss, grad_norm)
         update(optimizer, scaler)
@@ -429,7 +431,7 @@ def main(cfg):
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, cfg, world)    # an error if the last save failed
+    resume.check_saved(progress, cfg, world)    # save() only warns: now it is an error
 
 
 if __name__ == "__main__":

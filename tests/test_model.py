@@ -283,7 +283,7 @@ def test_a_network_that_cannot_be_is_named(changes, sentence):
     (dict(n_embd=128), 0, "lm_head.weight has the shape .*320, 64.* need .*320, 128"),
     (dict(block_size=16), 0, "wpe.weight has the shape .*32, 64.* need .*16, 64"),
     (dict(block_size=64), 0, "wpe.weight has the shape .*32, 64.* need .*64, 64"),
-    (dict(), 64, "block_size = 64, but this model has learned 32 positions")])
+    (dict(), 64, "block_size = 64, but the context of this model is 32 tokens")])
 def test_a_checkpoint_that_does_not_fit_is_named(arguments, block_size, sentence):
     parts = parts_of(small())
     parts["model_args"] |= arguments
