@@ -21,7 +21,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "dev")]
 
-from bench import Stepper, ours, plain, planned  # noqa: E402
+from bench import Stepper, ours, plain_stepper, planned  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 from onecard import runtime  # noqa: E402
@@ -95,7 +95,7 @@ def variants_of(name, cfg, world, fit):
     def make(model_class=None, stepper=Stepper, **changes):
         return stepper(ours(cfg, world, replace(fit, **changes), model_class or gpt()), cfg, world)
 
-    variants = {PLAIN: lambda: Stepper(plain(cfg), replace(cfg, optimizer="adamw"), world),
+    variants = {PLAIN: lambda: plain_stepper(cfg, world),
                 "ours": make}
     if runtime.free_bytes(world.device) < 40 * 2**30 and world.device.type == "cuda":
         return variants                 # there is no room for more of them beside each other

@@ -2,7 +2,11 @@
 import json
 import re
 
+import torch
+
 from conftest import PROJECT, script
+from onecard.runtime import World
+from train import TrainConfig
 
 
 def test_the_check_for_gpus_runs_on_any_computer(work):
@@ -23,6 +27,23 @@ def test_the_bench_compares_with_a_plain_gpt2(work):
     assert re.search(r"time       .*: 200 steps of .* tokens/s as measured\n", done.stdout)
     columns = (PROJECT / "dev" / "cards.md").read_text(encoding="utf-8").split("|---|")[0]
     assert done.stdout.splitlines()[-1].count("|") == columns.splitlines()[-1].count("|") == 8
+
+
+def test_a_plain_gpt2_that_has_no_memory_takes_smaller_micro_batches(monkeypatch):
+    monkeypatch.syspath_prepend(PROJECT / "dev")
+    import bench
+
+    class SmallMemory(bench.PlainGPT):
+        def forward(self, idx, targets):
+            if idx.size(0) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.30 GiB")
+            return super().forward(idx, targets)
+
+    monkeypatch.setattr(bench, "PlainGPT", SmallMemory)
+    cfg = TrainConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=32, compile=False,
+                      batch_size=12, tokens_per_step=24 * 16)
+    stepper = bench.plain_stepper(cfg, World(torch.device("cpu")))
+    assert (stepper.batch_size, stepper.n_tokens) == (3, 24 * 16) and stepper.step() > 0
 
 
 def test_the_table_of_recipes_and_cards_is_todays(work):
