@@ -188,7 +188,7 @@ def make_plan(cfg, network, saved, world):
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
     if resume.goes_on(cfg):             # resume or FILE.pt: only the steps that are left cost time
-        speed = measured_speed(cfg.out_dir, machine.name)
+        speed = measured_speed(cfg.out_dir, machine)
         run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
     world.print(plan.text(run_plan))
     if cfg.dry_run and cfg.hours and not resume.goes_on(cfg):

@@ -23,7 +23,7 @@ from onecard.settings import UserError
 from onecard.tokenizer import END_OF_TEXT
 
 CHUNK = 1 << 24                         # tokens that are searched for documents at a time
-LLM_C = {20240520: 2, 20240801: 4}      # first int32 of a file of llm.c: bytes of an id in it
+LLM_C = {20240520: 2, 20240801: 4}      # {first int32 of a file of llm.c: bytes of its ids}
 
 
 class Dataset:

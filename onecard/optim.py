@@ -15,7 +15,7 @@ POLAR_EXPRESS = ((8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.5000
                  (2.346541, -1.709783, 0.423236))
 MARGIN = 1.02                   # X starts with a norm of 1 / MARGIN: room for bf16's rounding
 ADAM_EPS = 1e-10                # beside Muon; rare tokens have gradients below AdamW's usual 1e-8
-FIRST_MOMENTUM = 0.85           # of Muon, as in modded-nanogpt: short while the gradient turns fast
+FIRST_MOMENTUM = 0.85           # of Muon, as in modded-nanogpt: at first, gradients change fast
 WIDTH = 768                     # embedding_lr and head_lr are meant for this n_embd
 
 
@@ -123,7 +123,7 @@ def cooldown_start(cfg):
 
 
 def is_before_cooldown(step, cfg):
-    """Whether this step is the last one before a cooldown."""
+    """Whether the rate begins to fall with the next step."""
     return cfg.decay_lr and cfg.lr_schedule == "wsd" and step == cooldown_start(cfg)
 
 

@@ -1,6 +1,7 @@
 """What will a run cost? Epochs, memory, time and disk, known before its first step.
 
-    plan = Plan(cfg, size, cards.machine_named("RTX 4070", torch.bfloat16), 2400, data)
+    machine = cards.machine_named("RTX 4070", torch.bfloat16)
+    plan = Plan(cfg, size, machine, memory.choose(cfg, size, machine), val_windows=2400, data=data)
     print(text(plan))
 
 All numbers come from settings and counts: no model is made, and no file is written. A number that
@@ -103,7 +104,7 @@ def effective_tokens(unique, total):
 
 
 def tokens_worth(effective, unique):
-    """The inverse: how many tokens teach as much as `effective` new ones. None: no number does."""
+    """The inverse of effective_tokens(); None if no number of tokens is enough."""
     if effective <= unique:
         return effective
     left = 1 - (effective / unique - 1) / R_STAR
@@ -117,6 +118,7 @@ def seconds(plan, speed):
     cfg = plan.cfg
     step = plan.tokens_per_step / speed
     n_evaluations = cfg.max_iters // cfg.eval_interval - plan.steps_before // cfg.eval_interval
+    n_evaluations = max(n_evaluations, 0)       # a run may be longer than max_iters already
     if plan.steps_left and cfg.max_iters % cfg.eval_interval:
         n_evaluations += 1              # at the last step
     if plan.steps_before == 0:
@@ -292,7 +294,7 @@ def batch_settings(cfg, batch):
 
 def number(x):
     """Three digits at least: 0.0123, 4.57, 205, 1,234."""
-    if x >= 1000:
+    if x >= 999.5:
         return f"{x:,.0f}"
     return f"{x:.3g}"
 

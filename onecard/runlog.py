@@ -48,12 +48,13 @@ def is_entry(entry):
     return all(isinstance(entry.get(name), int | float | None) for name in names)
 
 
-def measured_speed(out_dir, device_name):
-    """The tokens per second that a run had on this device when it was last here, or None."""
+def measured_speed(out_dir, machine):
+    """The tokens per second that the run in `out_dir` last had on this machine, or None."""
     rate, same_device = None, False
     for entry in read_log(Path(out_dir) / "log.jsonl"):
         if entry.get("event") == "start":
-            same_device = entry.get("device") == device_name
+            device = entry.get("device"), entry.get("world_size")
+            same_device = device == (machine.name, machine.count)
         if same_device and entry.get("tokens_per_s"):
             rate = entry["tokens_per_s"]
     return rate

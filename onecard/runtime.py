@@ -121,7 +121,7 @@ def start(device="auto", dtype="auto", backend="auto"):
 
 
 def distribute(model, world):
-    """A view of `model` whose backward adds up the gradients of all ranks."""
+    """A view of `model` whose backward averages the gradients of all ranks."""
     if world.size == 1:
         return model
     # one graph for all blocks: torch would cut it, to send gradients during a backward pass
@@ -130,7 +130,7 @@ def distribute(model, world):
 
 
 def is_native_linux():
-    """Not Windows, and not Linux inside of Windows (WSL)."""
+    """Whether this is Linux, but not inside of Windows (WSL)."""
     release = Path("/proc/sys/kernel/osrelease")
     return release.is_file() and "microsoft" not in release.read_text().lower()
 
@@ -169,8 +169,11 @@ def pick_device(name="auto"):
                         "use auto, cuda, cuda:1, mps or cpu") from None
     if device.type not in ("cuda", "mps", "cpu"):
         raise UserError(f"device = {name!r}: use auto, cuda, cuda:1, mps or cpu")
-    missing = {"cuda": not has_cuda, "mps": not has_mps}
-    if missing.get(device.type, False):
+    no_cuda = not has_cuda
+    if device.type == "cuda" and device.index:
+        no_cuda = device.index >= torch.cuda.device_count()
+    missing = {"cuda": no_cuda, "mps": not has_mps}
+    if missing.get(device.type):
         raise UserError(f"device = {name!r}: torch {torch.__version__} sees no such device here. "
                         "--device=auto takes what there is; for an NVIDIA card "
                         "install torch's CUDA build (pytorch.org/get-started)")

@@ -1,6 +1,7 @@
 """Are all reports true, and does none of them ever end a run?"""
 import fcntl
 import json
+import math
 import os
 import re
 import resource
@@ -9,14 +10,16 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import PROJECT, run
+from onecard.cards import Machine
 from onecard.resume import Progress
-from onecard.runlog import RunLog, read_log
+from onecard.runlog import RunLog, measured_speed, read_log
 from onecard.runtime import World
 from onecard.settings import UserError
 from tiny_run import arguments, run_steps, run_tiny, saved, start, wait_for
@@ -140,6 +143,15 @@ def test_after_20_steps_the_measured_speed_is_said_and_logged(tiny, capsys):
     entry, = [e for e in read_log("out/log.jsonl") if e.get("event") == "measured"]
     assert entry["step"] == 21 and entry["predicted_tokens_per_s"] == [None, None]      # a CPU
     assert f"{entry['measured_tokens_per_s']:,.0f}" == said
+
+
+def test_a_measured_speed_is_of_as_many_processes_on_the_same_device(tiny):
+    run_tiny(max_iters=30, lr_decay_iters=30)
+    start = read_log("out/log.jsonl")[0]
+    machine = Machine(start["device"], "cpu", torch.float32, math.inf)
+    assert measured_speed("out", machine) > 0
+    assert measured_speed("out", replace(machine, count=2)) is None
+    assert measured_speed("out", replace(machine, name="RTX 4070")) is None
 
 
 def test_a_minute_of_slow_steps_is_said_once(capsys):

@@ -34,6 +34,13 @@ def test_a_device_that_is_missing_is_named(name, words):
         runtime.pick_device(name)
 
 
+def test_a_card_that_is_not_there_is_named():
+    with mock.patch("torch.cuda.is_available", return_value=True), \
+            mock.patch("torch.cuda.device_count", return_value=1), \
+            pytest.raises(UserError, match="device = 'cuda:5': torch .* sees no such device here"):
+        runtime.pick_device("cuda:5")
+
+
 @pytest.mark.parametrize("capability, dtype", [
     ((12, 0), torch.bfloat16), ((8, 9), torch.bfloat16), ((8, 0), torch.bfloat16),
     ((7, 5), torch.float16), ((6, 1), torch.float32)])
