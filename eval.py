@@ -188,8 +188,8 @@ def main(cfg):
     if names == ["resume"]:
         names = [checkpoint.run_folder(cfg.out_dir)]
     models = [open_model(name) for name in names]
-    datasets = [opened.dataset for opened in models if opened.dataset]
-    folder = folder_of(cfg.dataset or next(iter(datasets), "fineweb"))
+    datasets = [cfg.dataset, *[opened.dataset for opened in models], "fineweb"]
+    folder = folder_of(next(filter(None, datasets)))        # the first one that has a name
     documents, n_bytes = read_documents(cfg, folder, models)
     n_tokens = np.array([len(ids) - 1 for ids in documents])    # nothing predicts the first one
 

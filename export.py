@@ -143,7 +143,7 @@ def main(cfg):
             compare_logits(model, theirs)
             gguf.write(folder, theirs, name)
             n_tensors = gguf.check(folder, theirs)
-            report = f"{n_tensors} tensors, every bit as in the model"
+            report = f"{n_tensors} tensors, every number as in the model"
         os.replace(folder, to)
     print(f"wrote {to} and opened it again: {report}")
     if cfg.format == "gguf":

@@ -81,8 +81,7 @@ def write_samples(model, vocabulary, cfg):
     n_tokens, start_time = 0, time.perf_counter()
     for n in range(cfg.num_samples):
         print(f"---- sample {n + 1} ----\n{text}", end="", flush=True)
-        seed = (cfg.seed + n) % 2**63           # the largest one is followed by 0
-        for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed)):
+        for piece in continuation(model, vocabulary, ids, replace(cfg, seed=cfg.seed + n)):
             print(piece, end="", flush=True)
             n_tokens += 1
         print()
@@ -103,7 +102,7 @@ def interact(model, vocabulary, cfg):
             text = input("\n> ") or text
             ids = encode_prompt(text, vocabulary, model.config.block_size)
             print(text, end="", flush=True)
-            for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed % 2**63)):
+            for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed)):
                 text += piece
                 print(piece, end="", flush=True)
             print()

@@ -79,7 +79,7 @@ class TrainConfig(GPTConfig):
     # only for optimizer = 'muon'
     # embedding_lr and head_lr are for a width of 768; they are multiplied by sqrt(768 / n_embd)
     embedding_lr: float = 0.25          # of the token embedding
-    head_lr: float = 0.003              # of the head; tied, of what it shares with the embedding
+    head_lr: float = 0.003              # of the head; if it is tied, of the weights of both
     scalar_lr: float = 0.006            # of all other weights: norms, biases, position embedding
     embedding_weight_decay: float = 0.001   # of the token embedding
     head_weight_decay: float = 0.01     # of the head
@@ -419,7 +419,7 @@ def main(cfg):
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        # tolist() waits for the GPU, which has all kernels of the step by then
+        # tolist() waits for the GPU, which has forward and backward queued by then
         loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()
         guard.before_update(step + 1, loss, grad_norm)
         update(optimizer, scaler)

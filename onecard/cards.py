@@ -81,9 +81,9 @@ def usual_share(card, n_embd, tokens):
     `n_embd` is the model's width, `tokens` are those of a micro-batch.
     """
     similar = [other for other in CARDS.values()
-            if other.logs and 0.8 < other.bytes_per_flop / card.bytes_per_flop < 1.25]
+               if other.logs and 0.8 < other.bytes_per_flop / card.bytes_per_flop < 1.25]
     (low, high), source = UNKNOWN, "a wide guess: there are no logs of such cards"
-    narrowest = 0                       # model in the logs
+    narrowest = 0                       # width of a model in these logs
     if card.logs:
         widths = [width for width, _ in card.logs]
         narrowest = widths[0]

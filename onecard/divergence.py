@@ -23,10 +23,11 @@ class Guard:
         result = (f"step {step:,}: the loss is {loss:.4g} and the norm of the gradient "
                   f"{grad_norm:.4g}")
         self.n_high = 0 if loss <= self.limit else self.n_high + 1
+        is_broken = not math.isfinite(grad_norm)
         # in float16 a gradient may overflow: the scaler skips this update and lowers its scale
-        overflows = self.scaler.is_enabled() and not math.isfinite(grad_norm)
+        overflows = is_broken and self.scaler.is_enabled()
         self.n_skipped = self.n_skipped + 1 if overflows else 0
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflows)):
+        if not math.isfinite(loss) or (is_broken and not overflows):
             raise UserError(f"{result}. {REMEDY}")
         if self.n_high >= HIGH_STEPS:
             raise UserError(f"{result}; the loss was above {self.limit:.3g} for {HIGH_STEPS} "

@@ -30,7 +30,8 @@ SAMPLE = DATA / "sample" / "sample.parquet"
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst",
            ".txt", ".txt.gz", ".txt.zst")
 PACKED = (".gz", ".zst")
-OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "state.json")     # of Hugging Face
+# files of Hugging Face that describe a dataset
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")
 BYTES_PER_TOKEN = 4.5               # of English text, about
 VAL_FRACTION = 0.005                # share of the documents that go into val
 VAL_BYTES = 200_000                 # of text that val should have, if the text is small
@@ -77,8 +78,8 @@ def find(names, dataset):
 
 def is_hidden(path):
     """True for what programs leave beside a file of text: ._a.parquet, a.parquet.crc, meta.json."""
-    is_left = path.name.startswith((".", "_")) or path.suffix == ".crc"
-    return is_left or path.name in (*NAMES, *OF_DATASETS)
+    has_mark = path.name.startswith((".", "_")) or path.suffix == ".crc"
+    return has_mark or path.name in (*NAMES, *DESCRIPTIONS)
 
 
 def parquet_files(folder):

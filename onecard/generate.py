@@ -109,7 +109,7 @@ class Sampler:
 
     def choose(self, hidden):
         logits = self.model.lm_head(hidden[0, -1])[:self.n_vocab].float()     # (V,)
-        u = self.uniforms[self.n_chosen]                                       # (1,)
+        u = self.uniforms[self.n_chosen]                                      # (1,)
         self.token.copy_(pick(logits, self.in_text, u, self.sampling))
         self.in_text.index_fill_(0, self.token, True)
         self.n_chosen += 1

@@ -123,7 +123,7 @@ def cooldown_start(cfg):
 
 
 def is_before_cooldown(step, cfg):
-    """Whether the rate begins to fall with the next step."""
+    """Whether the cooldown begins with the next step."""
     return cfg.decay_lr and cfg.lr_schedule == "wsd" and step == cooldown_start(cfg)
 
 

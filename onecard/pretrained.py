@@ -19,7 +19,7 @@ from onecard.tokenizer import (
 )
 
 PROBE = " The Zürich 2024 don't\n\n  東京🙂"     # other tokenizers split it in another way
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")      # OpenAI's, from the internet
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")      # from the internet
 # {our setting: its name in transformers}; a GPT2Config accepts these names, too
 KEYS = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
         "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",

@@ -13,7 +13,7 @@ from onecard import documents, encoder
 from onecard.settings import UserError
 
 ENOUGH = 20                             # documents; expecting 20, there are none with chance e**-20
-MOST = 1 << 20                          # documents that estimate() keeps in memory
+MOST = 1 << 20                          # different documents after which estimate() stops
 
 
 def val_limit(paths, cfg):
@@ -35,7 +35,7 @@ def val_limit(paths, cfg):
 
 
 def estimate(paths, cfg):
-    """(different documents that were read, share for val); reads until the answer is certain."""
+    """(different documents, share for val), by as much of the text as the answer needs."""
     different, n_bytes, share = set(), 0, cfg.val_fraction
     for texts in documents.batches(paths, cfg.text_column, Counter()):
         n_bytes += pc.sum(pc.binary_length(texts)).as_py()

@@ -24,9 +24,9 @@ END_OF_TEXT = 50256                     # stands before every document
 # How GPT-2 cuts a text into words (Radford et al. 2019, encoder.py). `\s++$` is ours: the words are
 # the same, and long white space at the end of a text needs no stack of the regex engine.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
-# Where to cut a text whose white space is too long for it (a million characters): before the
-# last one ahead of a word, where GPT-2 cuts, too. Python counts \x1c to \x1f as white space, and
-# GPT-2 does not.
+# Where to cut a text with so much white space (a million characters) that this stack is too small:
+# before the last one ahead of a word, where GPT-2 cuts, too. Python counts \x1c to \x1f as white
+# space, and GPT-2 does not.
 GAP = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{100000})")
 
 

@@ -62,6 +62,8 @@ def test_a_range_is_wider_where_less_is_known():
     assert [source for _, source in (of_its_own, of_a_like_one, of_none)] == [
         "by logs of this card at 384 and 768 wide", "by logs of cards with as many bytes a FLOP",
         "a wide guess: there are no logs of such cards"]
+    # a narrow model is as uncertain on a card without logs
+    assert width("rtx 3080", n_embd=384) > width("rtx 3080", n_embd=768)
     # an RTX 5090 moves as many bytes a FLOP as a 4070, and 1.4 times as many as a 4090 (56 %)
     assert cards.usual_share(CARDS["rtx 5090"], 768, 16384)[0] > 0.6 * 0.7
     assert width("rtx 4070", n_embd=128) > width("rtx 4070") < width("rtx 4070", tokens=2048)

@@ -290,6 +290,16 @@ def test_a_plan_for_a_minute_says_how_short_a_schedule_can_be():
     assert "hours are 63 to 63 steps" in plan.text(planned)     # 31, and the cooldown
 
 
+def test_a_run_that_is_behind_its_end_has_no_time_left():
+    planned = replace(plan_of(small(max_iters=1000, eval_interval=250), CARD), steps_before=2000)
+    assert plan.seconds(planned, 1e5)[1] == 0
+
+
+def test_numbers_have_three_digits():
+    assert [plan.number(x) for x in (0.01234, 999.4, 999.6, 1234)] == [
+        "0.0123", "999", "1,000", "1,234"]
+
+
 def test_a_plan_for_some_hours_says_how_many_steps_they_are():
     planned = plan_of(small(hours=2.0), CARD)
     fewest, most = re.search(r"2 hours are ([\d,]+) to ([\d,]+) steps", plan.text(planned)).groups()

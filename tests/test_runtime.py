@@ -69,6 +69,8 @@ def test_torch_compile_works_or_its_needs_are_named(capsys):
         assert not runtime.can_compile(world)
     out = capsys.readouterr().out
     assert "cannot work here" in out and "not on this platform\n" in out and "g++" in out
+    with mock.patch("torch.compile", side_effect=RuntimeError()):       # says nothing
+        assert not runtime.can_compile(world)
 
 
 @pytest.mark.parametrize("release, given, result", [

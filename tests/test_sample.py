@@ -234,4 +234,4 @@ def test_the_extreme_settings_draw_tokens_too(written):
     save(small())
     for setting in ("--temperature=0.01", "--temperature=100", "--repetition_penalty=100",
                     "--top_k=2147483648", "--min_p=1", "--top_p=1e-30"):
-        assert "---- sample 2 ----" in written(setting, f"--seed={2**63 - 1}", "--num_samples=2")
+        assert "---- sample 2 ----" in written(setting, f"--seed={2**63 - 2}", "--num_samples=2")
