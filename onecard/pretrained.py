@@ -4,6 +4,7 @@ Our GPT-2 is GPT2LMHeadModel there, the network of config/modern.py is Qwen3ForC
 the same numbers under other names. This needs transformers 5.
 """
 import difflib
+import functools
 from pathlib import Path
 
 import torch
@@ -120,6 +121,7 @@ def identity_of(transformers, folder):
     return UnknownTokenizer.identity
 
 
+@functools.cache
 def vocabulary_and_merges():
     """({token: id}, merges) of GPT-2, as its own files spell them."""
     from transformers.convert_slow_tokenizer import TikTokenConverter

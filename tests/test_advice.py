@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import PROJECT, script
+import train
+from conftest import PROJECT, run
 from model import GPTConfig
 from onecard import advice, cards
 from onecard.settings import configure
@@ -92,8 +93,10 @@ def test_the_formula_meets_the_public_run_that_it_follows():
     assert advice.predicted_loss(85e6, 1.70e9, 10e9) == pytest.approx(3.279, abs=0.01)
 
 
-def test_a_dry_run_with_hours_ends_in_advice_and_one_without_does_not(work):
-    command = ("train.py", PROJECT / "config" / "train_fineweb_4070_overnight.py", "--dry_run",
+def test_a_dry_run_with_hours_ends_in_advice_and_one_without_does_not(work, capsys):
+    command = (PROJECT / "config" / "train_fineweb_4070_overnight.py", "--dry_run",
                "--device_name=RTX 4070", "--n_tokens=700000000")
-    assert "advice     predicted val loss" in script(*command, "--hours=9", cwd=work).stdout
-    assert "advice" not in script(*command, cwd=work).stdout
+    run(train, *command, "--hours=9")
+    assert "advice     predicted val loss" in capsys.readouterr().out
+    run(train, *command)
+    assert "advice" not in capsys.readouterr().out

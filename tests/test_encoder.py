@@ -40,7 +40,7 @@ def mixtures(n):
 @pytest.fixture(scope="module")
 def texts():
     gap, letters = " " * 1_100_000, "".join(random.Random(0).choices("abcdefghij", k=300_000))
-    return [*HARD[1:], *documents(300), *CONTRACTIONS, *mixtures(2000), "a" * 300_000, gap + "x",
+    return [*HARD[1:], *documents(300), *CONTRACTIONS, *mixtures(1000), "a" * 300_000, gap + "x",
             "x" + gap, "\n" * 1_100_000, letters, letters + "\u0c05"]
 
 

@@ -116,9 +116,9 @@ def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, n_rows, 
     transformers.GPT2LMHeadModel(config).save_pretrained("one")
     tokens, merges = pretrained.vocabulary_and_merges()
     if change == "two tokens swapped":
-        tokens["A"], tokens["B"] = tokens["B"], tokens["A"]
+        tokens = tokens | {"A": tokens["B"], "B": tokens["A"]}
     elif change == "one token more":
-        tokens["[PAD]"] = 50257
+        tokens = tokens | {"[PAD]": 50257}
     elif change == "fewer tokens":
         tokens, merges = dict(list(tokens.items())[:256]) | {"<|endoftext|>": 256}, []
     if change != "none":

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import PROJECT, run
+import train
+from conftest import PROJECT, restoring, run
 from onecard.cards import Machine
 from onecard.resume import Progress
 from onecard.runlog import RunLog, measured_speed, read_log
@@ -45,16 +46,20 @@ def test_a_run_goes_on_when_nothing_can_be_printed(tiny, command):
     assert len(read_log("out/log.jsonl")) == 2 + 30 + 7     # and where it began, and its speed
 
 
-def test_without_a_terminal_steps_are_printed_every_ten_seconds_at_most(tiny):
-    done = shell("{train}", max_iters=60, lr_decay_iters=60, eval_interval=30)
-    assert re.findall(r"^step (\d+)/60: loss", done.stdout, re.M) == ["1"]     # and then it ended
+def test_without_a_terminal_steps_are_printed_every_ten_seconds_at_most(tiny, capsys):
+    run_tiny(max_iters=60, lr_decay_iters=60, eval_interval=30)
+    out = capsys.readouterr().out
+    assert re.findall(r"^step (\d+)/60: loss", out, re.M) == ["1"]             # and then it ended
     assert len(read_log("out/log.jsonl")) == 2 + 60 + 3         # nothing is left out there
 
 
-def test_before_the_first_step_nothing_is_said_of_a_picture(tiny):
-    done = shell("{train}", max_iters=0)
-    assert "step 0: val loss" in done.stdout and done.returncode == 0
-    assert "loss.png" not in done.stdout + done.stderr
+def test_before_the_first_step_nothing_is_said_of_a_picture(tiny, capsys):
+    pytest.importorskip("matplotlib")
+    with restoring():
+        run(train, *arguments(max_iters=0))
+    out = capsys.readouterr().out
+    assert "step 0: val loss" in out and "warning    loss.png" not in out
+    assert not Path("out/loss.png").exists()
 
 
 def test_ctrl_c_saves_although_it_ends_the_reader_of_the_pipe_too(tiny):

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import termios
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,11 +149,11 @@ def test_the_recipes_train(tiny, name):
     cfg = configure(TrainConfig, [str(PROJECT / f"config/train_fineweb_4070_{name}.py")])
     small = ("dataset", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "batch_size",
              "gradient_accumulation_steps", "eval_iters", "device", "dtype", "compile")
-    cfg = replace(cfg, **{key: TINY[key] for key in small}, tokens_per_step=0, max_iters=150,
+    cfg = replace(cfg, **{key: TINY[key] for key in small}, tokens_per_step=0, max_iters=80,
                   warmup_iters=5, log_interval=1, momentum_warmup=20, eval_interval=50)
     train.main(cfg)
     entries = log(cfg.out_dir)
-    assert entries[150, "val_loss"] < entries[0, "val_loss"] - 0.8
+    assert entries[80, "val_loss"] < entries[0, "val_loss"] - 0.8
     assert saved("stable.pt", cfg.out_dir)["iter_num"] == optim.cooldown_start(cfg)
 
 
@@ -162,14 +161,14 @@ def test_the_recipes_train(tiny, name):
     dict(lr_decay_iters=10**6), dict(lr_schedule="wsd", cooldown=0.5)], ids=["cosine", "wsd"])
 def test_a_run_is_fitted_to_its_hours_and_a_resumed_one_ends_at_the_same_step(
         tiny, capsys, settings):
-    hours = dict(hours=0.003, max_iters=10**6, eval_interval=200, **settings)      # 11 s
-    run_tiny(max_hours=0.0015, **hours)
-    fitted, = re.findall(r"hours      ([\d,]+) steps fit into 0.003 hours", capsys.readouterr().out)
+    hours = dict(hours=0.001, max_iters=10**6, eval_interval=200, **settings)      # 3.6 s
+    run_tiny(max_hours=0.0005, **hours)
+    fitted, = re.findall(r"hours      ([\d,]+) steps fit into 0.001 hours", capsys.readouterr().out)
     fitted = int(fitted.replace(",", ""))
     assert 22 < saved()["iter_num"] < fitted == saved()["config"]["max_iters"]
     run_tiny(init_from="resume", **hours)
-    assert saved()["iter_num"] == fitted and 0.0015 < saved()["hours"] < 0.01
-    assert f"fitted to 0.003 hours: it ends after {fitted:,} steps" in capsys.readouterr().out
+    assert saved()["iter_num"] == fitted and 0.0005 < saved()["hours"] < 0.004
+    assert f"fitted to 0.001 hours: it ends after {fitted:,} steps" in capsys.readouterr().out
     run_tiny(init_from="resume", dry_run=True, **hours)
     assert "advice" not in capsys.readouterr().out      # it has its recipe
     rates = [rate for (step, name), rate in log().items() if name == "lr" and step > fitted - 5]
@@ -204,25 +203,24 @@ def test_one_can_watch_it_learn_and_that_changes_nothing(tiny, capsys):
 
 # several processes, other data
 
-def two_processes(folder, *args, local_ranks=("0", "1")):
-    """Run train.py as torchrun starts it."""
+def two_processes(folder, local_ranks="01", **settings):
+    """Run train.py as torchrun starts it. Returns (exit status, output) of both processes."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda rank: script(
-            "train.py", *args, cwd=folder, check=False,
-            env={**world, "RANK": rank, "LOCAL_RANK": local_ranks[int(rank)]}), ("0", "1")))
+    processes = [start(folder, env={**world, "RANK": rank, "LOCAL_RANK": local_ranks[int(rank)]},
+                       **settings) for rank in ("0", "1")]
+    outputs = [process.communicate()[0] for process in processes]
+    return [process.returncode for process in processes], outputs
 
 
 @pytest.mark.parametrize("settings, local_ranks", [({}, "01"), (MUON, "01"), ({}, "00")],
                          ids=["adamw", "muon", "on two machines"])
 def test_two_processes_give_the_losses_of_one(tiny, settings, local_ranks):
     run_tiny(out_dir="out-one", eval_iters=5, **settings)
-    done = two_processes(tiny, *arguments(out_dir="out-two", eval_iters=5, **settings),
-                         local_ranks=local_ranks)
-    assert [process.returncode for process in done] == [0, 0], done
+    codes, outputs = two_processes(tiny, local_ranks, out_dir="out-two", eval_iters=5, **settings)
+    assert codes == [0, 0], outputs
     one, two = log("out-one"), log("out-two")
     assert one.keys() == two.keys() and all(two[k] == pytest.approx(one[k], abs=1e-4) for k in one)
-    assert sum(process.stdout.count("step 0: val loss") for process in done) == 1
+    assert sum(output.count("step 0: val loss") for output in outputs) == 1
     a, b = weights("out-one"), weights("out-two")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     first, second = saved(out_dir="out-two")["rng"]
@@ -230,15 +228,16 @@ def test_two_processes_give_the_losses_of_one(tiny, settings, local_ranks):
 
 
 def test_a_step_that_the_processes_cannot_share_is_named(tiny):
-    for done in two_processes(tiny, *arguments(gradient_accumulation_steps=3)):
-        assert "a step has 12 windows, which 2 processes cannot share" in done.stderr
+    codes, outputs = two_processes(tiny, gradient_accumulation_steps=3)
+    assert codes == [1, 1]
+    for output in outputs:
+        assert "a step has 12 windows, which 2 processes cannot share" in output
 
 
-def test_missing_data_is_prepared_first(work):
+def test_missing_data_is_prepared_first(work, capsys):
     write_parquet("data/fineweb_one_shard/000_00000.parquet", documents(200))
-    done = script("train.py", *arguments(dataset="fineweb", vocab_size=50304, max_iters=2),
-                  cwd=work)
-    assert "data/fineweb is not prepared" in done.stdout
+    run_tiny(dataset="fineweb", vocab_size=50304, max_iters=2)
+    assert "data/fineweb is not prepared" in capsys.readouterr().out
     assert Path("data/fineweb/meta.json").exists() and Path("out/ckpt.pt").exists()
 
 
@@ -317,8 +316,8 @@ def test_a_run_folder_can_run_itself_again(tiny):
 
 def test_wandb_gets_the_numbers(tiny):
     pytest.importorskip("wandb")
-    script("train.py", *arguments(wandb_log=True, wandb_project="p", max_iters=3), cwd=tiny,
-           env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    process = start(tiny, wandb_log=True, wandb_project="p", max_iters=3)
+    assert "finished at step 3" in process.communicate()[0]
     files = list(tiny.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 1
     content = files[0].read_bytes()
