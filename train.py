@@ -149,15 +149,18 @@ def network_of(cfg, saved):
     return GPTConfig.of(cfg)
 
 
-def plan_of(cfg, network, machine, known_tokens=None, saved=None):
+def plan_of(cfg, network, machine, known_tokens=None, past=None):
     """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits."""
+    past = past or {}                   # the checkpoint of a run that goes on
     with torch.device("meta"):          # a model without memory, only to count its parameters
         size = plan.Size.of(GPT(network))
-    # how a micro-batch is computed: batch_size, chunk, recompute. A resumed run keeps its own
-    fit = memory.choose(cfg, size, machine, resume.saved_fit(cfg, saved))
-    val_windows = resume.val_windows(cfg, saved)        # kept, too
+    # how a micro-batch is computed: batch_size, chunk, recompute. A run that goes on keeps its own
+    fit = memory.choose(cfg, size, machine, past.get("fit"))
+    val_windows = cfg.eval_iters * (cfg.batch_size or TrainConfig.batch_size)
+    val_windows = past.get("val_windows", val_windows)          # kept, too
     cfg = replace(cfg, batch_size=fit.batch_size)
-    return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens)
+    return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens,
+                     steps_before=past.get("iter_num", 0))
 
 
 def recipe_advice(cfg, machine, known_tokens):
@@ -174,24 +177,24 @@ def recipe_advice(cfg, machine, known_tokens):
 
 
 def make_plan(cfg, network, saved, world):
-    """Print what the run will cost. Return the Plan, and `cfg` with a batch_size above 0."""
+    """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
+    past = saved if resume.goes_on(cfg) else {}     # init_from: resume or FILE.pt
     machine = cards.machine_of(world.device, world.dtype, world.size)
-    cfg = resume.with_fitted_steps(cfg, saved, world)       # what --hours chose before a resume
+    cfg = resume.with_fitted_steps(cfg, past, world)        # what --hours chose before a resume
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
     machine = replace(machine, room=min(world.gather(machine.room)))    # the smallest of all GPUs
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
-    run_plan = plan_of(cfg, network, machine, known_tokens, saved)
+    run_plan = plan_of(cfg, network, machine, known_tokens, past)
     cfg = run_plan.cfg
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
-    if resume.goes_on(cfg):             # resume or FILE.pt: only the steps that are left cost time
-        speed = measured_speed(cfg.out_dir, machine)
-        run_plan = replace(run_plan, steps_before=saved["iter_num"], measured=speed)
+    if past:
+        run_plan = replace(run_plan, measured=measured_speed(cfg.out_dir, machine))
     world.print(plan.text(run_plan))
-    if cfg.dry_run and cfg.hours and not resume.goes_on(cfg):
+    if cfg.dry_run and cfg.hours and not past:
         world.print(recipe_advice(cfg, machine, known_tokens))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
@@ -199,7 +202,7 @@ def make_plan(cfg, network, saved, world):
         raise UserError(f"{why}. --force starts it all the same")
     for reason in reasons:
         world.print(f"warning    {reason}")
-    return cfg, run_plan
+    return run_plan
 
 
 def open_data(cfg, network, saved, world):
@@ -218,7 +221,6 @@ def make_state(cfg, network, saved, fixed_parts, world):
     """The State of the run: new, or as the checkpoint `saved` has it."""
     torch.manual_seed(cfg.seed)
     model = GPT(network)
-    model.loss_chunk = fixed_parts["fit"]["chunk"]  # tokens in a chunk of the loss
     if saved:
         model.load_weights(saved)
     model.to(world.device)
@@ -240,19 +242,13 @@ def evaluate(batches, model, val_data, n_windows):
     `batches` says how large a micro-batch is; with_less_memory() may make it smaller.
     """
     model.eval()
-    losses, counts = [], []
+    loss_sum = torch.zeros((), device=batches.world.device)
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
-        loss = torch.zeros((), device=idx.device)
         if n > 0:                       # 0: other ranks have one batch more than this one
             with batches.world.autocast():
-                loss = model(idx, targets)      # the mean over n windows
-        losses.append(loss)
-        counts.append(n)
+                loss_sum += n * model(idx, targets)     # the mean over n windows
     model.train()
-    losses, counts = torch.stack(losses).float(), torch.tensor(counts, device=loss.device)
-    sums = torch.stack([(losses * counts).sum(), counts.sum()])
-    loss_sum, n_sum = batches.world.sum(sums)                   # over all ranks
-    return (loss_sum / n_sum).item()
+    return (batches.world.sum(loss_sum) / n_windows).item()     # all ranks have n_windows together
 
 
 def sample(model, vocabulary, cfg, world):
@@ -260,8 +256,7 @@ def sample(model, vocabulary, cfg, world):
 
     The run's own random numbers stay as they are.
     """
-    can_decode = vocabulary.n_vocab is not None         # None: an unknown tokenizer
-    if not (can_decode and cfg.sample_tokens and world.is_main):
+    if not (world.is_main and cfg.sample_tokens and vocabulary.n_vocab):    # None: unknown ids
         return ""
     model.eval()
     with world.autocast():
@@ -275,7 +270,7 @@ def sample(model, vocabulary, cfg, world):
 
 def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
-    ddp_model.zero_grad(set_to_none=True)       # of a call that ran out of memory half-way
+    ddp_model.zero_grad(set_to_none=True)       # of the last step, or of a call that failed
     loss_sum = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP exchanges gradients only where this is True: in the last micro-batch
@@ -329,7 +324,6 @@ def update(optimizer, scaler):
         raise UserError("out of memory in the optimizer, where a smaller batch_size does not help. "
                         "A smaller n_layer or n_embd does; ckpt.pt is as it was") from None
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)       # frees the gradients before an evaluation
 
 
 def main(cfg):
@@ -343,7 +337,8 @@ def main(cfg):
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
     network = network_of(cfg, saved)
-    cfg, run_plan = make_plan(cfg, network, saved, world)
+    run_plan = make_plan(cfg, network, saved, world)
+    cfg = run_plan.cfg
     if cfg.dry_run:
         return
 
@@ -359,10 +354,10 @@ def main(cfg):
     state = make_state(cfg, network, saved, fixed_parts, world)
     model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress
     del saved                                   # as large as the model and its optimizer
-    first_step = progress.step
 
     # reports, compiling, batches
-    log = RunLog(cfg, world, progress, run_plan)
+    model.loss_chunk = run_plan.fit.chunk       # tokens in a chunk of the loss
+    log = RunLog(run_plan, world, progress)
     if world.is_main and not cfg.eval_only:
         resume.open_folder(cfg, progress)
         log.open(train_data)
@@ -379,17 +374,16 @@ def main(cfg):
 
     while True:
         step = progress.step
-        trained = step > first_step             # this process has done a step
+        trained = step > log.first_step         # this process has done a step
         last = step >= cfg.max_iters
 
         # evaluate at the start, every eval_interval steps and at the end; not right after a resume,
         # because that step was evaluated before it was saved
         due = last or step % cfg.eval_interval == 0
-        just_resumed = step > 0 and not trained
-        evaluates = cfg.eval_only or (due and not just_resumed)
+        evaluates = cfg.eval_only or (due and (trained or step == 0))
         if evaluates:
             progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_val)
-            log.evaluation(step, progress.val_loss, sample(model, vocabulary, cfg, world))
+            log.evaluation(sample(model, vocabulary, cfg, world))
         if cfg.eval_only:
             break
 
@@ -424,14 +418,14 @@ def main(cfg):
         guard.before_update(step + 1, loss, grad_norm)
         update(optimizer, scaler)
         progress.step += 1
-        log.step(progress.step, loss, lr, grad_norm, time.monotonic() - started)
-        if log.just_measured and cfg.hours and cfg.hours != progress.fitted_hours:
+        log.step(loss, lr, grad_norm, time.monotonic() - started)
+        if log.just_measured and cfg.hours != progress.fitted_hours:
             cfg = fit_to_hours(cfg, log, progress, world)
 
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, cfg, world)    # save() only warns: now it is an error
+    resume.check_saved(progress, world)         # save() only warns: now it is an error
 
 
 if __name__ == "__main__":

@@ -103,7 +103,6 @@ class Stepper:
         self.losses.append(torch.stack([loss, norm]).tolist())
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return self.n_tokens / (time.perf_counter() - started)

@@ -20,22 +20,21 @@ NEWEST, BEST, STABLE = "ckpt.pt", "best.pt", "stable.pt"
 FOLDER = 0x10                           # in external_attr of a zip's record
 REQUIRED = ("model", "model_args", "iter_num")
 TYPES = {"model": dict, "model_args": dict, "iter_num": int, "optimizer": dict, "scaler": dict,
-         "best_val_loss": (int, float, torch.Tensor),   # nanoGPT's is a tensor
+         "best_val_loss": (int, float, torch.Tensor),
          "hours": (int, float), "rng": list, "config": dict}
 
 
 def save(path, parts, copies=()):
-    """Write the dict `parts` to `copies` and then to `path`, each of them atomically."""
+    """Write the dict `parts` to `copies`, names beside `path`, and then to `path`, atomically."""
     path = Path(path)
     try:
         with written_beside(path) as beside:
             torch.save(parts, beside)
-            for other in copies:
-                link_or_copy(beside, other)
+            for name in copies:
+                link_or_copy(beside, path.with_name(name))
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
-        reason, free = str(error).partition("\n")[0], 0.0
-        if path.parent.is_dir():
-            free = shutil.disk_usage(path.parent).free / 2**30
+        reason = str(error).partition("\n")[0]
+        free = shutil.disk_usage(path.parent).free / 2**30
         raise UserError(f"could not write {path} ({free:.1f} GiB free): {reason}. "
                         "It is as it was before") from error
 
@@ -69,9 +68,6 @@ def load(path, mmap=False):
         raise UserError(f"{path} is damaged: {damaged} in it is not what was written; use another "
                         "checkpoint")
     check_parts(path, parts)
-    # what sampling does not need may be missing
-    parts = {"best_val_loss": float("inf"), "optimizer": {}, **parts}
-    parts["best_val_loss"] = float(parts["best_val_loss"])
     return parts
 
 
@@ -90,13 +86,11 @@ def damaged_record(path):
 def check_parts(path, parts):
     """Raise UserError if a key is missing in a checkpoint, or its value has another type."""
     origin = f"{path} is not a checkpoint of this project or of nanoGPT"
-    keys = parts.keys() if isinstance(parts, dict) else ()
-    missing = [key for key in REQUIRED if key not in keys]
+    if not isinstance(parts, dict):
+        parts = {}
+    missing = [key for key in REQUIRED if key not in parts]
     if missing:
         raise UserError(f"{origin}: it has no {', '.join(missing)}")
-    tensors = parts["model"].values() if isinstance(parts["model"], dict) else ()
-    if any(type(w) is not torch.Tensor or w.layout is not torch.strided for w in tensors):
-        raise UserError(f"{origin}: its model holds something that is no plain tensor")
     for key, types in TYPES.items():
         if key in parts and not isinstance(parts[key], types):
             raise UserError(f"{origin}: its {key} is of type {type(parts[key]).__name__}")
@@ -124,7 +118,7 @@ def best_loss(folder):
     if not path.is_file():
         return float("inf")
     try:
-        return load(path, mmap=True)["best_val_loss"]
+        return float(load(path, mmap=True).get("best_val_loss", "inf"))     # nanoGPT's is a tensor
     except UserError as error:
         raise UserError(f"{error}. Delete {path}, and the run goes on from {NEWEST}") from None
 
@@ -138,21 +132,15 @@ def best_or_newest(folder):
 
 
 def run_folder(out_dir=""):
-    """The run in `out_dir`; "" is the newest under out*/. UserError where no checkpoint is."""
-    folder = out_dir or newest_run()
-    if not folder:
-        raise UserError("there is no run under out*/ with a checkpoint yet; "
-                        "`python train.py config/quickstart.py` makes one in a few minutes, "
-                        "--out_dir= names another folder")
-    if best_or_newest(folder) is None:
-        raise UserError(f"{folder} holds no {NEWEST} or {BEST}")
-    return Path(folder)
-
-
-def newest_run():
-    """The folder out* (or one inside it) that saved a checkpoint last, or None."""
+    """The run in `out_dir`. "" is the run in out* or out*/* that saved a checkpoint last."""
+    if out_dir and best_or_newest(out_dir) is None:
+        raise UserError(f"{out_dir} holds no {NEWEST} or {BEST}")
+    if out_dir:
+        return Path(out_dir)
     patterns = [f"{folder}/{name}" for folder in ("out*", "out*/*") for name in (BEST, NEWEST)]
     files = [file for pattern in patterns for file in Path().glob(pattern)]
     if not files:
-        return None
+        raise UserError("there is no run under out*/ with a checkpoint yet; "
+                        "`python train.py config/quickstart.py` makes one in a few minutes, "
+                        "--out_dir= names another folder")
     return max(files, key=lambda file: file.stat().st_mtime).parent

@@ -4,7 +4,6 @@ import math
 from onecard.settings import UserError
 
 HIGH_STEPS = 20                         # a run with a high loss for so many steps does not recover
-SKIPPED_STEPS = 24                      # updates in a row that the loss scaler of float16 left out
 VAL_MARGIN = 20                         # nats that a val loss may lie above the limit
 REMEDY = ("The run stops here; what was saved before is unchanged. A lower learning_rate, a longer "
           "warmup_iters or dtype=float32 usually helps")
@@ -15,8 +14,7 @@ class Guard:
 
     def __init__(self, vocab_size, scaler):
         # a model that knows nothing has a loss of ln(vocab_size); at twice that it is broken
-        self.limit, self.scaler = 2 * math.log(max(vocab_size, 2)), scaler
-        self.n_high, self.n_skipped = 0, 0
+        self.limit, self.scaler, self.n_high = 2 * math.log(vocab_size), scaler, 0
 
     def before_update(self, step, loss, grad_norm):
         """Raise UserError if the update of a step would break the weights, or if none helps."""
@@ -24,17 +22,15 @@ class Guard:
                   f"{grad_norm:.4g}")
         self.n_high = 0 if loss <= self.limit else self.n_high + 1
         is_broken = not math.isfinite(grad_norm)
-        # in float16 a gradient may overflow: the scaler skips this update and lowers its scale
+        # in float16 a gradient may overflow: the scaler skips this update and halves its scale
         overflows = is_broken and self.scaler.is_enabled()
-        self.n_skipped = self.n_skipped + 1 if overflows else 0
         if not math.isfinite(loss) or (is_broken and not overflows):
             raise UserError(f"{result}. {REMEDY}")
         if self.n_high >= HIGH_STEPS:
             raise UserError(f"{result}; the loss was above {self.limit:.3g} for {HIGH_STEPS} "
                             f"steps. {REMEDY}")
-        if self.n_skipped >= SKIPPED_STEPS or (overflows and self.scaler.get_scale() < 1):
-            raise UserError(f"{result}; float16 cannot hold the gradient, and {self.n_skipped} "
-                            f"updates in a row were left out. {REMEDY}")
+        if overflows and self.scaler.get_scale() < 1:
+            raise UserError(f"{result}; float16 cannot hold the gradient, at any scale. {REMEDY}")
 
     def before_save(self, step, val_loss):
         """Raise UserError if the loss on some text of val says that the last update broke it."""

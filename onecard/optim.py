@@ -247,9 +247,5 @@ class MuonAndAdamW:
         self.muon.step()
         self.adamw.step()
 
-    def zero_grad(self, set_to_none=True):
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
-
     def state_dict(self):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}

@@ -57,18 +57,22 @@ class Plan:
         return max(self.cfg.max_iters - self.steps_before, 0)
 
     @property
+    def peak_speed(self):
+        """Tokens a second of all processes at the cards' dense peak, or None if it is unknown."""
+        if self.machine.peak_flops is None:
+            return None
+        return self.machine.count * self.machine.peak_flops / self.size.flops_per_token
+
+    @property
     def speeds(self):
         """(lowest, highest) tokens a second of all processes, or None if nobody knows."""
-        machine = self.machine
         if self.measured:
             return self.measured, self.measured
-        if machine.peak_flops is None:
+        if self.peak_speed is None:
             return None
-        at_peak = machine.count * machine.peak_flops / self.size.flops_per_token
-        if not self.cfg.compile:
-            at_peak *= EAGER_SPEED
         lowest, highest, _ = self.usual_share
-        return at_peak * lowest, at_peak * highest
+        eager = 1 if self.cfg.compile else EAGER_SPEED
+        return eager * self.peak_speed * lowest, eager * self.peak_speed * highest
 
     @property
     def usual_share(self):
@@ -255,8 +259,7 @@ def memory_lines(plan):
 
 
 def time_lines(plan):
-    flops_per_token = plan.size.flops_per_token
-    tflop = number(plan.tokens_per_step * flops_per_token / 1e12)
+    tflop = number(plan.tokens_per_step * plan.size.flops_per_token / 1e12)
     if plan.speeds is None:
         return [f"time       not known for this machine before 20 steps ({tflop} TFLOP each)"]
     slow, fast = plan.speeds
@@ -266,12 +269,12 @@ def time_lines(plan):
     line = f"{total}: {plan.steps_left:,} steps of {step} ({tflop} TFLOP) and the evaluations"
     if plan.measured:
         return [f"time       {line}, at {fast:,.0f} tokens/s as measured"]
-    peak = plan.machine.count * plan.machine.peak_flops
-    lowest, highest = slow * flops_per_token / peak, fast * flops_per_token / peak
+    lowest, highest = slow / plan.peak_speed, fast / plan.peak_speed
+    peak = number(plan.machine.count * plan.machine.peak_flops / 1e12)
     source = plan.usual_share[2]
     return [f"time       predicted {line}",
             f"           {slow:,.0f} to {fast:,.0f} tokens/s: {lowest:.0%} to {highest:.0%} of "
-            f"{number(peak / 1e12)} TFLOP/s, {source}", *hours_lines(plan)]
+            f"{peak} TFLOP/s, {source}", *hours_lines(plan)]
 
 
 def hours_lines(plan):

@@ -13,7 +13,6 @@ from onecard.files import lock, write_text
 from onecard.settings import UserError, config_text
 
 FILES = (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl", "eval.json")
-USUAL_BATCH = 12                        # windows in each of eval_iters, if batch_size = 0
 
 
 @dataclass
@@ -114,55 +113,38 @@ def fixed_parts(run_plan, train_data, val_data, vocabulary):
             "fit": asdict(run_plan.fit)}
 
 
-def saved_fit(cfg, saved):
-    """How the run computed its micro-batches before, a dict, or None."""
-    if goes_on(cfg):
-        return saved.get("fit")
-    return None
-
-
-def val_windows(cfg, saved):
-    """How many windows of val the run reads in an evaluation. A resumed run keeps its number."""
-    if goes_on(cfg) and "val_windows" in saved:
-        return saved["val_windows"]
-    return cfg.eval_iters * (cfg.batch_size or USUAL_BATCH)
-
-
-def with_fitted_steps(cfg, saved, world):
+def with_fitted_steps(cfg, past, world):
     """A run that was fitted to its hours, and is resumed, keeps its number of steps."""
-    fitted = saved.get("fitted_hours", 0) if cfg.init_from == "resume" else 0
+    fitted = past.get("fitted_hours", 0) if cfg.init_from == "resume" else 0
     if not fitted or cfg.hours not in (0, fitted):
         return cfg
-    steps = saved["config"]["max_iters"]
+    steps = past["config"]["max_iters"]
     world.print(f"hours      this run was fitted to {fitted:g} hours: it ends after {steps:,} "
                 "steps")
     return replace(cfg, hours=fitted, max_iters=steps,
-                   lr_decay_iters=saved["config"]["lr_decay_iters"])
+                   lr_decay_iters=past["config"]["lr_decay_iters"])
 
 
 def check_settings(state, parts, cfg):
     """Raise UserError if a checkpoint cannot go on with these settings on this data."""
     saved = parts.get("config", {})     # the settings that the run was started with
-    config_class = type(state.model.config)
-    ours = {**asdict(config_class.of(cfg)), "optimizer": cfg.optimizer}
-    theirs = {**asdict(config_class(**parts["model_args"])), "optimizer": "adamw"}  # of nanoGPT
-    # the first version saved None for a setting that was derived from others
+    # nanoGPT has fewer of them, and the first version saved None for one that it derived
+    theirs = {**asdict(state.model.config), **parts["model_args"], "optimizer": "adamw"}
     theirs |= {name: saved[name] for name in theirs if saved.get(name) is not None}
-    for name in ("dropout", "vocab_size"):      # dropout may change; the dataset has vocab_size
-        del ours[name]
-    refuse(differences(theirs, ours), "Give the settings of that run, or another --out_dir")
+    # dropout may change; the dataset has vocab_size
+    ours = {name: getattr(cfg, name) for name in theirs if name not in ("dropout", "vocab_size")}
+    refuse_differences(theirs, ours, "Give the settings of that run, or another --out_dir")
     if cfg.force:
         return
     ours = {name: value for name, value in state.fixed.items() if name not in ("tokenizer", "fit")}
-    refuse(differences(parts, ours), "--force goes on all the same")
+    refuse_differences(parts, ours, "--force goes on all the same")
     check_rate(parts["iter_num"], saved, cfg)
 
 
 def check_rate(step, saved, cfg):
     """Raise UserError if the learning rate of a run would rise again within its decay."""
     known = {name: value for name, value in saved.items() if value is not None}
-    defaults = asdict(type(cfg)())      # nanoGPT has fewer settings
-    old = SimpleNamespace(**(defaults | known))
+    old = SimpleNamespace(**asdict(type(cfg)()) | known)        # nanoGPT has fewer settings
     before, now = optim.lr_at(step, old), optim.lr_at(step, cfg)
     decays = step > old.warmup_iters and before < old.learning_rate
     if decays and cfg.hours not in (0, old.hours):
@@ -176,13 +158,10 @@ def check_rate(step, saved, cfg):
                         "before the decay")
 
 
-def differences(theirs, ours):
-    """["n_layer is 12 there and 6 here", ...] of the settings that the checkpoint has, too."""
-    return [f"{name} is {theirs[name]} there and {value} here" for name, value in ours.items()
-            if name in theirs and theirs[name] != value]
-
-
-def refuse(reasons, remedy):
+def refuse_differences(theirs, ours, remedy):
+    """Raise UserError if the checkpoint has another value of one of our settings."""
+    reasons = [f"{name} is {theirs[name]} there and {value} here" for name, value in ours.items()
+               if name in theirs and theirs[name] != value]
     if reasons:
         raise UserError(f"cannot go on from this checkpoint: {'; '.join(reasons)}. {remedy}")
 
@@ -196,13 +175,13 @@ def save(state, cfg, world, is_best, is_stable):
     rng = world.gather(runtime.rng_state(world.device))
     model, progress, out_dir = state.model, state.progress, Path(cfg.out_dir)
     replaces = progress.holds_old_run and not in_own_folder(cfg)
-    best_val_loss, copies = progress.best_val_loss, []
+    best_val_loss, names = progress.best_val_loss, [checkpoint.NEWEST]
     if is_best:
         best_val_loss = progress.val_loss
     if is_best or replaces:                     # best.pt of the old run must not stay
-        copies.append(out_dir / checkpoint.BEST)
+        names.append(checkpoint.BEST)
     if is_stable:                               # a longer run can go on from this one
-        copies.append(out_dir / checkpoint.STABLE)
+        names.append(checkpoint.STABLE)
     parts = {
         **state.fixed, "model": model.state_dict(), "model_args": model.config.model_args(),
         "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
@@ -212,31 +191,23 @@ def save(state, cfg, world, is_best, is_stable):
     if world.is_main:
         try:
             make_folder(cfg)
-            checkpoint.save(out_dir / checkpoint.NEWEST, parts, copies)
+            checkpoint.save(out_dir / checkpoint.NEWEST, parts, names[1:])
         except (UserError, OSError) as error:
-            names = ", ".join(path.name for path in [out_dir / checkpoint.NEWEST, *copies])
-            world.print(f"warning    step {progress.step:,} is not saved ({names}): {error}")
+            world.print(f"warning    step {progress.step:,} is not saved ({', '.join(names)}): "
+                        f"{error}")
             return
-        finish_folder(cfg, world, replaces, is_stable)
+        try:
+            write_text(out_dir / "config.py", config_text(cfg))
+            if replaces:                        # what the older run left
+                for name in set(FILES) - set(names):
+                    (out_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            world.print(f"warning    {error}")
     progress.best_val_loss, progress.saved_step = best_val_loss, progress.step
     progress.holds_old_run = False
 
 
-def finish_folder(cfg, world, replaces, is_stable):
-    """Write config.py beside a new checkpoint, and remove what an older run left."""
-    try:
-        write_text(Path(cfg.out_dir) / "config.py", config_text(cfg))
-        old_files = ["log.jsonl", "eval.json"]
-        if not is_stable:               # then this file is of the new run
-            old_files.append(checkpoint.STABLE)
-        if replaces:
-            for file in files_of_run(cfg, old_files):
-                file.unlink()
-    except OSError as error:
-        world.print(f"warning    {error}")
-
-
-def check_saved(progress, cfg, world):
+def check_saved(progress, world):
     """Raise UserError if the last save failed."""
     if world.is_main and progress.saved_step != progress.step:
         raise UserError(f"step {progress.step:,} could not be saved, as the warning above says; "
@@ -246,9 +217,9 @@ def check_saved(progress, cfg, world):
 def restore(state, parts, cfg, world):
     """Give `state` the optimizer, loss scale, random numbers and progress of a checkpoint."""
     check_settings(state, parts, cfg)
-    optim.load_state(state.optimizer, parts["optimizer"])
+    optim.load_state(state.optimizer, parts.get("optimizer", {}))
     try:
-        if state.scaler.is_enabled() and parts.get("scaler"):
+        if parts.get("scaler"):
             state.scaler.load_state_dict(parts["scaler"])
         if world.rank < len(parts.get("rng", [])):
             runtime.set_rng_state(parts["rng"][world.rank], world.device)
@@ -256,7 +227,7 @@ def restore(state, parts, cfg, world):
         raise UserError("this checkpoint has no scaler or rng that torch can use: "
                         f"{error}") from None
     progress = state.progress
-    progress.step = progress.saved_step = max(parts["iter_num"], 0)
+    progress.step = progress.saved_step = parts["iter_num"]
     progress.hours = parts.get("hours", 0.0)
     if in_own_folder(cfg):
         # best.pt may be of a later step than `parts`, and stays until a better one comes

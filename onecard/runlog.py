@@ -35,17 +35,9 @@ def read_log(path):
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if is_entry(entry):
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
                 entries.append(entry)
     return entries
-
-
-def is_entry(entry):
-    """Whether this is a line of log.jsonl: a dict with a step, and numbers where they belong."""
-    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
-        return False
-    names = ("train_loss", "val_loss", "lr", "hours", "tokens", "tokens_per_s")
-    return all(isinstance(entry.get(name), int | float | None) for name in names)
 
 
 def measured_speed(out_dir, machine):
@@ -63,9 +55,9 @@ def measured_speed(out_dir, machine):
 class RunLog:
     """The reports of a run. Only the first rank opens it and writes."""
 
-    def __init__(self, cfg, world, progress, run_plan):
-        self.cfg, self.world, self.progress, self.plan = cfg, world, progress, run_plan
-        self.out_dir = Path(cfg.out_dir)
+    def __init__(self, run_plan, world, progress):
+        self.plan, self.cfg, self.world, self.progress = run_plan, run_plan.cfg, world, progress
+        self.out_dir = Path(self.cfg.out_dir)
         self.path = self.out_dir / "log.jsonl"
         self.first_step, self.hours_before = progress.step, progress.hours
         self.started = time.monotonic()
@@ -91,7 +83,7 @@ class RunLog:
         self.kept = "".join(json.dumps(entry) + "\n" for entry in entries
                             if entry["step"] <= self.first_step)
         self.is_open = True
-        self.write(step=self.first_step, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
+        self.write(event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
                    device=runtime.device_name(self.world.device), world_size=self.world.size,
                    versions=runtime.versions(), config=asdict(self.cfg),
                    dataset=data.fingerprint, parameters=self.plan.size.total)
@@ -99,6 +91,7 @@ class RunLog:
 
     def write(self, **entry):
         """Add a line to log.jsonl."""
+        entry = {"step": self.progress.step, **entry}
         for name, number in entry.items():
             if isinstance(number, float) and not math.isfinite(number):
                 entry[name] = None          # JSON has no infinity
@@ -130,23 +123,24 @@ class RunLog:
         """Hours of training so far, over all processes that went on with this run."""
         return self.hours_before + self.hours_of_process()
 
-    def evaluation(self, step, val_loss, sample):
+    def evaluation(self, sample):
         """Report a validation loss, and what the model writes now."""
+        step, val_loss = self.progress.step, self.progress.val_loss
         self.world.print(f"step {step:,}: val loss {val_loss:.4f}")
         if sample and step > 0:             # at step 0 it writes noise
             self.world.print(f"    it writes: {' '.join(sample.split())}")
         if not self.is_open:
             return
-        self.write(step=step, val_loss=val_loss, hours=self.hours(), sample=sample)
-        self.track({"val/loss": val_loss}, step)
+        self.write(val_loss=val_loss, hours=self.hours(), sample=sample)
+        self.track({"val/loss": val_loss})
         if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
             self.draw()
 
-    def track(self, numbers, step):
+    def track(self, numbers):
         """Send numbers to wandb and TensorBoard. One that fails gets no more."""
         for tracker in list(self.trackers):
             try:
-                tracker.log(numbers, step)
+                tracker.log(numbers, self.progress.step)
             except Exception as error:
                 self.trackers.remove(tracker)
                 self.world.print(f"warning    {type(tracker).__name__} failed, and the run goes on "
@@ -165,8 +159,9 @@ class RunLog:
         except Exception as error:
             self.world.print(f"warning    loss.png was not drawn: {error}")
 
-    def step(self, step, loss, lr, grad_norm, seconds):
+    def step(self, loss, lr, grad_norm, seconds):
         """Report a step that took so many seconds."""
+        step = self.progress.step
         if step > self.first_step + 1:      # the first step compiles: its time says nothing
             self.seconds, self.n_timed = self.seconds + seconds, self.n_timed + 1
             self.recent.append(seconds)
@@ -174,28 +169,28 @@ class RunLog:
             return
         self.warn_of_slow_steps(seconds)
         if self.just_measured:
-            self.compare_with_plan(step)
-        tokens_per_step = self.cfg.windows_per_step * self.cfg.block_size
-        tokens, rate, mfu = step * tokens_per_step, None, None
+            self.compare_with_plan()
+        tokens, rate, mfu = step * self.plan.tokens_per_step, None, None
         epoch = tokens / self.tokens_per_epoch
+        numbers = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "epoch": f"{epoch:.2f}"}
         if self.n_timed:
-            rate = self.n_timed * tokens_per_step / self.seconds
-            mfu = self.share_of_peak(rate)
-        numbers = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok/s": "-", "mfu": "-",
-                   "epoch": f"{epoch:.2f}"}
-        if rate:
+            rate = self.n_timed * self.plan.tokens_per_step / self.seconds
             numbers["tok/s"] = f"{rate:,.0f}"
-        if mfu:
+        if rate and self.plan.peak_speed:
+            mfu = rate / self.plan.peak_speed
             numbers["mfu"] = f"{mfu:.0%}"
-        self.move_bar(step, numbers)
+        self.move_bar(numbers)
         if step % self.cfg.log_interval and step != 1:
             return
-        self.write(step=step, tokens=tokens, epoch=epoch, train_loss=loss, lr=lr,
-                   grad_norm=grad_norm, tokens_per_s=rate, mfu=mfu, hours=self.hours())
-        self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu}, step)
+        self.write(tokens=tokens, epoch=epoch, train_loss=loss, lr=lr, grad_norm=grad_norm,
+                   tokens_per_s=rate, mfu=mfu, hours=self.hours())
+        self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu})
         if self.bar.disable and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+            if rate:
+                seconds_left = (self.cfg.max_iters - step) * self.plan.tokens_per_step / rate
+                numbers["left"] = tqdm.format_interval(seconds_left)
             line = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            print(f"step {step:,}/{self.cfg.max_iters:,}: {line}, {self.time_left(step)} left")
+            print(f"step {step:,}/{self.cfg.max_iters:,}: {line}")
             self.printed = time.monotonic()
         self.seconds, self.n_timed = 0.0, 0
 
@@ -212,17 +207,16 @@ class RunLog:
     def follow(self, run_plan):
         """Report by another plan from now on."""
         self.plan, self.cfg = run_plan, run_plan.cfg
-        if self.bar:
-            self.bar.total = self.cfg.max_iters
         if self.is_open:
-            self.write(step=self.progress.step, event="hours", max_iters=self.cfg.max_iters)
+            self.bar.total = self.cfg.max_iters
+            self.write(event="hours", max_iters=self.cfg.max_iters)
 
-    def compare_with_plan(self, step):
+    def compare_with_plan(self):
         """Log the measured speed; say it if the plan had none, or is off by over a tenth."""
         run_plan = self.measured_plan()
         measured = run_plan.measured
         predicted = self.plan.speeds or (None, None)
-        self.write(step=step, event="measured", measured_tokens_per_s=measured,
+        self.write(event="measured", measured_tokens_per_s=measured,
                    predicted_tokens_per_s=predicted)
         if None in predicted or not 0.9 * predicted[0] < measured < 1.1 * predicted[1]:
             _, total = plan.seconds(run_plan, measured)
@@ -246,25 +240,13 @@ class RunLog:
             self.world.print(f"warning    steps take over twice as long as before.{held} A hot "
                              "card or another program can be the cause, too")
 
-    def share_of_peak(self, rate):
-        """The share of its dense peak that the machine reaches, or None if that is not known."""
-        machine = self.plan.machine
-        if not machine.peak_flops:
-            return None
-        return rate * self.plan.size.flops_per_token / (machine.peak_flops * machine.count)
-
-    def move_bar(self, step, numbers):
+    def move_bar(self, numbers):
         if self.bar:
             self.bar.set_postfix(numbers, refresh=False)
             self.bar.update()
         else:                               # its clock starts after the first step
-            self.bar = tqdm(total=self.cfg.max_iters, initial=step, unit="step",
+            self.bar = tqdm(total=self.cfg.max_iters, initial=self.progress.step, unit="step",
                             dynamic_ncols=True, smoothing=0.05, disable=None)
-
-    def time_left(self, step):
-        if not self.n_timed:
-            return "-"
-        return tqdm.format_interval((self.cfg.max_iters - step) * self.seconds / self.n_timed)
 
     def close(self):
         """End the bar; say why the run ends and how to go on."""
@@ -316,9 +298,8 @@ class TensorBoard:
     def __init__(self, cfg, first_step):
         import_package("tensorboard", "tensorboard_log = True")
         from torch.utils.tensorboard import SummaryWriter
-        purge_step = first_step + 1 if first_step else None
-        try:
-            self.writer = SummaryWriter(cfg.out_dir, purge_step=purge_step)
+        try:                            # points behind first_step, of a killed run, will come again
+            self.writer = SummaryWriter(cfg.out_dir, purge_step=first_step + 1)
         except Exception as error:
             raise UserError(f"TensorBoard cannot write into {cfg.out_dir}: {error}") from None
 

@@ -101,17 +101,18 @@ def test_code_in_a_checkpoint_is_not_run(work):
 
 
 def test_the_newest_run_is_found(work):
-    assert checkpoint.newest_run() is None
+    with pytest.raises(UserError, match="there is no run under out"):
+        checkpoint.run_folder()
     for name in ("out-b", "out-a", "out/run"):
         (work / name).mkdir(parents=True)
         checkpoint.save(work / name / "ckpt.pt", parts())
         os.utime(work / name / "ckpt.pt", (time.time() - 60, time.time() - 60))
     (work / "out-later-but-empty").mkdir()
     os.utime(work / "out-a/ckpt.pt")
-    assert checkpoint.newest_run() == checkpoint.run_folder() == Path("out-a")
+    assert checkpoint.run_folder() == Path("out-a")
     checkpoint.link_or_copy("out/run/ckpt.pt", "out/run/best.pt")
     os.utime(work / "out/run/best.pt", (time.time() + 60, time.time() + 60))
-    assert checkpoint.newest_run() == Path("out/run")
+    assert checkpoint.run_folder() == Path("out/run")
     assert checkpoint.best_or_newest("out/run").name == "best.pt"
     assert checkpoint.best_or_newest("out-a").name == "ckpt.pt"
     with pytest.raises(UserError, match="out-later-but-empty holds no ckpt.pt or best.pt"):

@@ -56,7 +56,7 @@ def train(optimizer, model, steps, scale=1.0):
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
     return torch.nn.utils.parameters_to_vector(model.parameters())
 
 
