@@ -184,9 +184,7 @@ def keep(result, path):
 def main(cfg):
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
-    names = cfg.files or [cfg.init_from]
-    if names == ["resume"]:
-        names = [checkpoint.run_folder(cfg.out_dir)]
+    names = cfg.files or [checkpoint.source(cfg.init_from, cfg.out_dir)]
     models = [open_model(name) for name in names]
     datasets = [cfg.dataset, *[opened.dataset for opened in models], "fineweb"]
     folder = folder_of(next(filter(None, datasets)))        # the first one that has a name
@@ -199,8 +197,8 @@ def main(cfg):
     for opened in models:
         model, block_size = opened.model, opened.model.config.block_size
         stride = min(cfg.stride or max(block_size // 2, 1), block_size)
-        model.to(device).eval()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        model.to(device)
+        with runtime.World(device, dtype).autocast():
             nats.append(document_losses(model, documents, stride, cfg.batch_size))
         result = {"model": opened.label, "dataset": str(folder), "split": cfg.split,
                   "block_size": block_size, "stride": stride, "documents": len(documents),

@@ -18,7 +18,7 @@ import torch
 from model import open_model
 from onecard import checkpoint, gguf, pretrained, tokenizer
 from onecard.datafiles import folder_of
-from onecard.settings import UserError, configure_and_run, import_package, one_of
+from onecard.settings import UserError, configure_and_run, one_of
 
 TOLERANCE = 1e-4                    # between logits in fp32, as a share of the largest
 CHECKED_IDS = 1_000_000             # of the run's val.bin, which the tokenizer is tested on
@@ -52,8 +52,8 @@ class ExportConfig:
 
 def write_hf(folder, theirs, card):
     """Write `theirs`, from pretrained.to_transformers, with GPT-2's tokenizer to `folder`."""
+    import transformers
     theirs.save_pretrained(folder)
-    transformers = import_package("transformers", "--format=hf")
     tokens, merges = pretrained.vocabulary_and_merges()
     context = theirs.config.max_position_embeddings
     transformers.GPT2Tokenizer(tokens, merges, model_max_length=context).save_pretrained(folder)
@@ -62,18 +62,18 @@ def write_hf(folder, theirs, card):
 
 def check_hf(folder, model, dataset):
     """Open the folder as a user does, and compare it with `model`. Returns what was compared."""
-    transformers = import_package("transformers", "--format=hf")
+    import transformers
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     difference = compare_logits(model, exported)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    hf_tokenizer.model_max_length = CHECKED_IDS         # or it warns of long texts
     n_ids = 0
     for document in own_documents(dataset):
         is_gpt2 = max(document, default=0) < tokenizer.N_VOCAB
         if is_gpt2:
             text = tokenizer.gpt2().decode(document)
             # if "<|endoftext|>" stands in a text, transformers reads the special token
-            is_gpt2 = "<|endoftext|>" in text or hf_tokenizer(text)["input_ids"] == document
+            ids = hf_tokenizer(text, verbose=False)["input_ids"]        # no warning of a long text
+            is_gpt2 = "<|endoftext|>" in text or ids == document
         if not is_gpt2:
             raise UserError(f"the dataset {dataset} has other tokens than GPT-2's tokenizer makes, "
                             "so other programs cannot use this model; nothing is written")
@@ -113,16 +113,12 @@ def compare_logits(model, theirs):
 
 
 def main(cfg):
-    source = cfg.init_from
-    if source == "resume":
-        source = checkpoint.run_folder(cfg.out_dir)
-    to = Path(source) / "export"
-    if cfg.to:
-        to = Path(cfg.to)
+    source = checkpoint.source(cfg.init_from, cfg.out_dir)
+    to = Path(cfg.to or Path(source) / "export")
     if to.exists():
         raise UserError(f"{to} is there already, and stays as it is; --to=OTHER writes elsewhere")
     opened = open_model(source)
-    model, label = opened.model.eval(), opened.label
+    model, label = opened.model, opened.label
     if opened.vocabulary.identity != tokenizer.VOCABULARY_SHA256:
         raise UserError(f"{label} has a vocabulary of its own ({model.config.vocab_size} ids), "
                         "and an export needs GPT-2's")
@@ -142,8 +138,7 @@ def main(cfg):
         else:
             compare_logits(model, theirs)
             gguf.write(folder, theirs, name)
-            n_tensors = gguf.check(folder, theirs)
-            report = f"{n_tensors} tensors, every number as in the model"
+            report = gguf.check(folder, theirs)
         os.replace(folder, to)
     print(f"wrote {to} and opened it again: {report}")
     if cfg.format == "gguf":

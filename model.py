@@ -12,14 +12,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from onecard import checkpoint, tokenizer
-from onecard.attention import cached_attention, causal_attention, rotary_angles, rotate
+from onecard.attention import causal_attention, rotary_angles, rotate
 from onecard.loss import SMALLEST_CHUNK, linear_cross_entropy, loss_of_logits
 from onecard.runtime import product_dtype
 from onecard.settings import UserError, convert, in_range, one_of
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 NANOGPT_ARGS = (*SIZES, "dropout", "bias")
-MASKS = (".attn.bias", ".attn.masked_bias")     # buffers of older GPT-2s, not weights
 
 
 @dataclass(frozen=True)
@@ -64,26 +63,16 @@ class GPTConfig:
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)} | changes)
 
     @classmethod
-    def from_checkpoint(cls, parts, dropout=0.0, block_size=0):
-        """The GPTConfig of a checkpoint, as checkpoint.read() returns it.
-
-        If `block_size` is above 0, the model gets that much context, at most the checkpoint's.
-        """
-        args = {**parts["model_args"], "dropout": dropout}
-        known = {f.name: f for f in fields(cls)}
-        unknown = sorted(args.keys() - known)
-        if unknown:
+    def from_checkpoint(cls, parts):
+        """The GPTConfig of a checkpoint, as checkpoint.read() returns it."""
+        args, known = dict(parts["model_args"]), {f.name: f for f in fields(cls)}
+        if unknown := sorted(args.keys() - known):
             raise UserError(f"this checkpoint was made by another version: it has the settings "
                             f"{', '.join(unknown)}, which are no longer read")
         if missing := sorted(set(SIZES) - args.keys()):
             raise UserError(f"this checkpoint does not say its {', '.join(missing)}")
         for key, value in args.items():
             args[key] = convert(value, known[key], f"this checkpoint has {key} = {value!r}")
-        if block_size > args["block_size"]:
-            raise UserError(f"block_size = {block_size}, but the context of this model is "
-                            f"{args['block_size']} tokens; use at most that")
-        if block_size:
-            args["block_size"] = block_size
         return cls(**args)
 
     def model_args(self):
@@ -104,20 +93,26 @@ class GPTConfig:
             return math.ceil(8 * self.n_embd / 3 / 64) * 64
         return 4 * self.n_embd
 
+    @property
+    def mlp_width(self):
+        """Outputs of the MLP's first matrix: swiglu's are the gate and what it multiplies."""
+        if self.mlp == "swiglu":
+            return 2 * self.inner_size
+        return self.inner_size
+
 
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm, computed in fp32, so that a bf16 input does not round the weights."""
 
     def forward(self, x):
-        shape, weight, bias = self.normalized_shape, self.weight, self.bias
-        return F.layer_norm(x.float(), shape, weight, bias, self.eps).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, computed in fp32 as well."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
 def make_norm(config, size):
@@ -155,7 +150,7 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v, dropout)
         else:
             k, v = cache.extend(self.layer, k, v)                             # all tokens so far
-            y = cached_attention(q, k, v, cache.mask)
+            y = F.scaled_dot_product_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -164,10 +159,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
-        n_outputs = config.inner_size
-        if self.kind == "swiglu":
-            n_outputs *= 2              # the gate, and the values that it multiplies
-        self.c_fc = nn.Linear(config.n_embd, n_outputs, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
         self.c_proj = nn.Linear(config.inner_size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -297,10 +289,8 @@ class GPT(nn.Module):
     def count_parameters(self):
         """{"total": all parameters, "blocks": those of blocks and norms, without embeddings}."""
         total = sum(p.numel() for p in self.parameters())
-        embeddings = {self.transformer.wte.weight, self.lm_head.weight}     # one, if they are tied
-        if self.config.position == "learned":
-            embeddings.add(self.transformer.wpe.weight)
-        return {"total": total, "blocks": total - sum(p.numel() for p in embeddings)}
+        blocks = [*self.transformer.h.parameters(), *self.transformer.ln_f.parameters()]
+        return {"total": total, "blocks": sum(p.numel() for p in blocks)}
 
     def flops_per_token(self):
         """FLOPs of forward and backward for a token of a full window; a multiply-add counts twice.
@@ -314,28 +304,27 @@ class GPT(nn.Module):
         return 6 * multiplied + 6 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
-    def from_checkpoint(cls, parts, dropout=0.0, block_size=0):
-        """The model in a checkpoint, as checkpoint.read() returns it."""
-        model = cls(GPTConfig.from_checkpoint(parts, dropout, block_size))
+    def from_checkpoint(cls, parts):
+        """The model in a checkpoint, as checkpoint.read() returns it. It is not for training."""
+        model = cls(GPTConfig.from_checkpoint(parts))
         model.load_weights(parts)
-        return model
+        return model.eval()
 
     def load_weights(self, parts):
         """Take the weights of a checkpoint."""
-        # nanoGPT saves a compiled model with the prefix _orig_mod.
+        # nanoGPT saves a compiled model with the prefix _orig_mod., and before torch 2 a mask, too
         weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
-                   if not name.endswith(MASKS)}
-        shapes = {name: w.shape for name, w in self.state_dict().items()}
-        saved_shapes = {name: getattr(w, "shape", None) for name, w in weights.items()}
+                   if not name.endswith(".attn.bias")}
         wpe = "transformer.wpe.weight"
-        if wpe in shapes:               # the checkpoint may have more positions than this model
-            shapes[wpe] = torch.Size((parts["model_args"]["block_size"], self.config.n_embd))
-        for name in sorted(shapes.keys() | weights.keys()):
-            ours, theirs = shapes.get(name), saved_shapes.get(name)
-            if ours != theirs:
+        if wpe in weights:              # the checkpoint may have more positions than this model
+            weights[wpe] = weights[wpe][:self.config.block_size]
+        ours = {name: w.shape for name, w in self.state_dict().items()}
+        theirs = {name: w.shape for name, w in weights.items()}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
                 raise UserError(f"this checkpoint is damaged or of another network: its {name} has "
-                                f"the shape {theirs}, and its model_args need {ours} (None: there "
-                                "is no such weight)")
+                                f"the shape {theirs.get(name)}, and its model_args need "
+                                f"{ours.get(name)} (None: there is no such weight)")
         for name, weight in weights.items():
             if not (weight.is_floating_point() and weight.isfinite().all()):
                 raise UserError(f"the {name} of this model holds nan, infinity or no "
@@ -344,8 +333,6 @@ class GPT(nn.Module):
         if self.config.tie_word_embeddings and not torch.equal(embedding, head):
             raise UserError("this model has a head of its own, and its settings say that the head "
                             "shares the weights of the token embedding")
-        if wpe in weights:
-            weights[wpe] = weights[wpe][:self.config.block_size]
         self.load_state_dict(weights)
 
 

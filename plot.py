@@ -27,7 +27,7 @@ class PlotConfig:
 def main(cfg):
     import_package("matplotlib", "a picture")
     import_package("matplotlib.figure", "a picture")        # it needs packages of its own
-    folders = cfg.files or [checkpoint.run_folder()]
+    folders = cfg.files or [checkpoint.source()]
     logs = {}                           # {folder: the entries of its log.jsonl}
     for folder in folders:
         if not Path(folder).is_dir():

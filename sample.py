@@ -24,19 +24,18 @@ from onecard.settings import UserError, configure_and_run, in_range
 
 
 @dataclass(frozen=True)
-class SampleConfig(SamplingConfig):     # temperature, top_k, top_p, min_p, repetition_penalty, seed
+class SampleConfig(SamplingConfig):     # temperature, top_k, ..., seed and max_new_tokens, and:
     out_dir: str = ""               # run to sample from; "" = the newest under out*/
     init_from: str = "resume"       # resume (the run in out_dir), gpt2, ..., a folder or a file
     start: str = ""                 # text to continue; FILE:name reads a file; "" = a new document
     interactive: bool = False       # ask for the beginning of a text, continue it, ask again
     num_samples: int = 3            # continuations of start, with the seeds seed, seed + 1, ...
-    max_new_tokens: int = 300       # limit of a continuation; an end-of-text token ends it earlier
     device: str = "auto"            # cuda, cuda:1, mps, cpu; auto = the best of these
     dtype: str = "auto"             # bfloat16, float16, float32; auto = what suits the device
 
     def __post_init__(self):
         super().__post_init__()
-        in_range(1, 10**9, self, "num_samples", "max_new_tokens")
+        in_range(1, 10**9, self, "num_samples")
 
 
 def read_start(start):
@@ -68,15 +67,12 @@ def encode_prompt(text, vocabulary, block_size):
 def continuation(model, vocabulary, ids, cfg):
     """Yield what the model writes after the tokens `ids`, a piece of text for each token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a letter
-    for token in generate(model, ids, cfg.max_new_tokens, cfg, vocabulary.n_vocab):
-        if token == tokenizer.END_OF_TEXT:
-            return
+    for token in generate(model, ids, cfg, vocabulary.n_vocab):
         yield decoder.decode(vocabulary.decode_bytes([token]))
 
 
-def write_samples(model, vocabulary, cfg):
-    """Print continuations of cfg.start as they come."""
-    text = read_start(cfg.start)
+def write_samples(model, vocabulary, text, cfg):
+    """Print continuations of `text` as they come."""
     ids = encode_prompt(text, vocabulary, model.config.block_size)
     n_tokens, start_time = 0, time.perf_counter()
     for n in range(cfg.num_samples):
@@ -90,13 +86,12 @@ def write_samples(model, vocabulary, cfg):
           file=sys.stderr)
 
 
-def interact(model, vocabulary, cfg):
+def interact(model, vocabulary, text, cfg):
     """Ask for the beginning of a text, continue it, and ask again."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401       # arrow keys in input(); Windows has them anyway
     print("Type the beginning of a text. Enter alone continues the last text. Ctrl-C stops a "
           "text, Ctrl-D ends (on Windows Ctrl-Z and Enter).")
-    text = read_start(cfg.start)
     for seed in itertools.count(cfg.seed):      # each text gets a new seed
         try:
             text = input("\n> ") or text
@@ -114,24 +109,22 @@ def interact(model, vocabulary, cfg):
 
 
 def main(cfg):
+    text = read_start(cfg.start)
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
-    name = cfg.init_from
-    if name == "resume":
-        name = checkpoint.run_folder(cfg.out_dir)
-    opened = open_model(name)
+    opened = open_model(checkpoint.source(cfg.init_from, cfg.out_dir))
     print(f"{opened.label}, {runtime.device_name(device)}, {dtype}")
     # cuDNN's attention is slow at each new length: 40 ms a token on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model = opened.model.eval()
+    model = opened.model
     if device.type == "cpu" and dtype is torch.float32:
         for weight in model.parameters():
             if weight.dim() == 2:       # column after column: a token takes 3/4 of the time
                 weight.data = weight.data.T.contiguous().T
     action = interact if cfg.interactive else write_samples
     try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            action(model.to(device), opened.vocabulary, cfg)
+        with runtime.World(device, dtype).autocast():
+            action(model.to(device), opened.vocabulary, text, cfg)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise

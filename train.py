@@ -142,7 +142,11 @@ class TrainConfig(GPTConfig):
 def network_of(cfg, saved):
     """The GPTConfig of the run: from the checkpoint `saved`, a dict, or if it is None from cfg."""
     if saved:
-        return GPTConfig.from_checkpoint(saved, cfg.dropout, cfg.block_size)
+        network = GPTConfig.from_checkpoint(saved)
+        if cfg.block_size > network.block_size:
+            raise UserError(f"block_size = {cfg.block_size}, but the context of this model is "
+                            f"{network.block_size} tokens; use at most that")
+        return replace(network, dropout=cfg.dropout, block_size=cfg.block_size)
     vocabulary = tokenizer.of_dataset(folder_of(cfg.dataset), cfg.vocab_size)
     if isinstance(vocabulary, tokenizer.CharTokenizer):     # has far fewer ids than 50,304
         return GPTConfig.of(cfg, vocab_size=vocabulary.n_vocab)
@@ -224,7 +228,7 @@ def make_state(cfg, network, saved, fixed_parts, world):
     if saved:
         model.load_weights(saved)
     model.to(world.device)
-    optimizer = optim.configure_optimizer(model, cfg, world.device, world.dtype)
+    optimizer = optim.configure_optimizer(model, cfg, world.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
     state = State(model, optimizer, scaler, Progress(), fixed_parts)
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
@@ -258,19 +262,18 @@ def sample(model, vocabulary, cfg, world):
     """
     if not (world.is_main and cfg.sample_tokens and vocabulary.n_vocab):    # None: unknown ids
         return ""
+    sampling = SamplingConfig(max_new_tokens=cfg.sample_tokens)
     model.eval()
     with world.autocast():
-        ids = list(generate(model, [vocabulary.start], cfg.sample_tokens, SamplingConfig(),
-                            vocabulary.n_vocab, fixed_shapes=False))
+        ids = list(generate(model, [vocabulary.start], sampling, vocabulary.n_vocab,
+                            fixed_shapes=False))
     model.train()
-    if tokenizer.END_OF_TEXT in ids:
-        ids = ids[:ids.index(tokenizer.END_OF_TEXT)]
     return vocabulary.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
-    ddp_model.zero_grad(set_to_none=True)       # of the last step, or of a call that failed
+    ddp_model.zero_grad()               # of the last step, or of a call that failed
     loss_sum = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP exchanges gradients only where this is True: in the last micro-batch

@@ -72,7 +72,7 @@ class Stepper:
             torch.cuda.reset_peak_memory_stats()
             resident = torch.cuda.memory_allocated()
         self.model = model.to(world.device)
-        self.optimizer = optim.configure_optimizer(model, cfg, world.device, world.dtype)
+        self.optimizer = optim.configure_optimizer(model, cfg, world.dtype)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
         generator = torch.Generator().manual_seed(1)
         shape = (2, cfg.batch_size, cfg.block_size)

@@ -56,7 +56,7 @@ class Captured(Stepper):
         if self.graph is None:
             self.capture()
         for p, gradient in zip(self.model.parameters(), self.gradient_tensors, strict=True):
-            p.grad = gradient           # an optimizer's zero_grad has dropped it
+            p.grad = gradient           # kernels() may have dropped it
         torch._foreach_zero_(self.gradient_tensors)
         self.loss_sum.zero_()
         for _ in range(self.batches.per_step):
@@ -185,8 +185,9 @@ def tokens_of(model, n, sampling, fixed_shapes):
     """n tokens, and how many there were a second."""
     started = time.perf_counter()
     n_vocab = min(50257, model.config.vocab_size)
-    tokens = list(generate(model, [1, 2, 3], n, sampling, n_vocab, fixed_shapes))
-    return tokens, n / (time.perf_counter() - started)
+    sampling = replace(sampling, max_new_tokens=n)
+    tokens = list(generate(model, [1, 2, 3], sampling, n_vocab, fixed_shapes))
+    return tokens, len(tokens) / (time.perf_counter() - started)
 
 
 def check_tokens(cfg, world):

@@ -18,14 +18,6 @@ def causal_attention(q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
-def cached_attention(q, k, v, mask):
-    """Attention of the last T tokens, q (B, H, T, D), to all S tokens so far, k and v (B, H, S, D).
-
-    `mask` (T, S) is True where a token may look; None: everywhere.
-    """
-    return F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask)
-
-
 def rotary_angles(block_size, head_size, theta):
     """Cosine and sine of the angles of each position, (2, T, 1, D) (Su et al. 2021)."""
     exponent = torch.arange(0, head_size, 2).float() / head_size

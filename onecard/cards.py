@@ -143,7 +143,7 @@ def machine_of(device, dtype, count=1):
     return Machine(name, device.type, dtype, room, find(name), count, held)
 
 
-def machine_named(name, dtype, count=1):
+def machine_named(name, dtype):
     """The Machine with a card that a user names, as 'RTX 4070'. Nothing else is on the card."""
     card = find(name)
     if not card:
@@ -151,4 +151,4 @@ def machine_named(name, dtype, count=1):
         raise UserError(f"device_name = {name!r} is not in the table of cards; nearest: "
                         f"{', '.join(nearest)}")
     room = VISIBLE * card.memory_mib * 2**20 - CONTEXT_BYTES - KERNEL_BYTES
-    return Machine(name, "cuda", dtype, room, card, count)
+    return Machine(name, "cuda", dtype, room, card)

@@ -104,8 +104,7 @@ def read(name):
 
     A pretrained model is OpenAI's 'gpt2', 'gpt2-medium', ..., or a folder of transformers.
     """
-    is_file = Path(name).suffix == ".pt"
-    path = Path(name) if is_file else best_or_newest(name)
+    path = Path(name) if Path(name).suffix == ".pt" else best_or_newest(name)
     if path is None:
         return pretrained.read(str(name)), str(name)
     parts = load(path)
@@ -131,8 +130,13 @@ def best_or_newest(folder):
     return None
 
 
-def run_folder(out_dir=""):
-    """The run in `out_dir`. "" is the run in out* or out*/* that saved a checkpoint last."""
+def source(init_from="resume", out_dir=""):
+    """What init_from names: "resume" is the run in `out_dir`.
+
+    Without out_dir, it is the run in out* or out*/* that saved a checkpoint last.
+    """
+    if init_from != "resume":
+        return init_from
     if out_dir and best_or_newest(out_dir) is None:
         raise UserError(f"{out_dir} holds no {NEWEST} or {BEST}")
     if out_dir:

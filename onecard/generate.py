@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from onecard.runtime import product_dtype
 from onecard.settings import UserError, in_range
+from onecard.tokenizer import END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -20,30 +21,32 @@ class SamplingConfig:
     min_p: float = 0.0              # drop tokens below this share of the highest probability
     repetition_penalty: float = 1.0     # above 1, tokens of the text so far become less likely
     seed: int = 1337                # the same seed gives the same text
+    max_new_tokens: int = 300       # limit of a continuation; an end-of-text token ends it earlier
 
     def __post_init__(self):
         in_range(0, 2**31, self, "top_k")
+        in_range(1, 10**9, self, "max_new_tokens")
         in_range(0, 2**63 - 1, self, "seed")
         in_range(1, 100, self, "repetition_penalty")
         if self.temperature != 0:       # dividing logits by less could make them infinite
             in_range(0.01, 100, self, "temperature")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1 (no limit)")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p = {self.min_p} must be between 0 (no limit) and 1")
+        in_range(0, 1, self, "min_p")
 
 
 class KVCache:
-    """Keys and values of the tokens that the model has seen, with room for `length` tokens.
+    """Keys and values of the tokens that the model has seen, with room for a context of them.
 
     With `fixed_shapes`, attention looks at all places and a mask hides the empty ones: then reading
     one token is always the same work, which a CUDA graph can repeat.
     """
 
-    def __init__(self, config, batch_size, device, dtype, length, fixed_shapes=False):
-        shape = (config.n_layer, batch_size, config.n_head, length, config.head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)               # (L, B, H, T, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, model, fixed_shapes=False):
+        c, device = model.config, model.lm_head.weight.device
+        shape = (c.n_layer, 1, c.n_head, c.block_size, c.head_size)           # (L, B, H, T, D)
+        self.k = torch.zeros(shape, device=device, dtype=product_dtype(device.type))
+        self.v = torch.zeros_like(self.k)
         self.fixed_shapes = fixed_shapes
         self.n_read = torch.zeros(1, dtype=torch.long, device=device)   # a CUDA graph adds to it
         self.clear()
@@ -68,8 +71,8 @@ class KVCache:
     def extend(self, layer, k, v):
         """Add `k` and `v` (B, H, T, D) of the new tokens; return those of all visible places."""
         keys, values = self.k[layer], self.v[layer]
-        keys.index_copy_(2, self.positions, k.to(keys.dtype))
-        values.index_copy_(2, self.positions, v.to(values.dtype))
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
         return keys[:, :, :self.visible], values[:, :, :self.visible]
 
 
@@ -83,21 +86,17 @@ class Sampler:
         self.model, self.sampling, self.n_vocab = model, sampling, n_vocab
         # not model.hidden: training has compiled that one, which would compile for each length
         self.hidden = functools.partial(type(model).hidden, model)
-        self.device, length = model.lm_head.weight.device, model.config.block_size
-        self.cache = KVCache(model.config, 1, self.device, product_dtype(self.device.type), length,
-                             fixed_shapes)
+        self.cache, self.device = KVCache(model, fixed_shapes), model.lm_head.weight.device
         # random numbers come from the CPU: the same ones on every device
         self.generator = torch.Generator().manual_seed(sampling.seed)
-        self.uniforms = torch.zeros(length + 1, device=self.device)
-        self.n_chosen = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.uniforms = torch.zeros(model.config.block_size + 1, device=self.device)
         self.in_text = torch.zeros(n_vocab, dtype=torch.bool, device=self.device)
         self.token = torch.zeros(1, dtype=torch.long, device=self.device)
 
     def read_text(self, ids):
         """Read a text, and choose the first token after it."""
         n = len(self.uniforms) - len(ids)       # until the cache is full
-        self.uniforms[:n] = torch.rand(n, generator=self.generator)
-        self.n_chosen.zero_()
+        self.uniforms[len(ids):] = torch.rand(n, generator=self.generator)
         ids = torch.tensor(ids, device=self.device)
         self.in_text.zero_().index_fill_(0, ids, True)
         self.cache.clear()
@@ -109,10 +108,9 @@ class Sampler:
 
     def choose(self, hidden):
         logits = self.model.lm_head(hidden[0, -1])[:self.n_vocab].float()     # (V,)
-        u = self.uniforms[self.n_chosen]                                      # (1,)
+        u = self.uniforms[self.cache.n_read]                                  # (1,)
         self.token.copy_(pick(logits, self.in_text, u, self.sampling))
         self.in_text.index_fill_(0, self.token, True)
-        self.n_chosen += 1
 
 
 def capture_graph(sampler):
@@ -127,9 +125,10 @@ def capture_graph(sampler):
 
 
 @torch.inference_mode()
-def generate(model, ids, max_new_tokens, sampling, n_vocab, fixed_shapes=None):
+def generate(model, ids, sampling, n_vocab, fixed_shapes=None):
     """Yield the tokens that continue the list `ids`, one by one; each of them is below `n_vocab`.
 
+    An end-of-text token ends them, and is not yielded.
     When the context is full, its last half stays, and is read again: every block_size / 2 tokens.
     On CUDA, `fixed_shapes` is the default, and a graph repeats the work of a token. Without it, the
     GPU would wait for Python.
@@ -139,7 +138,7 @@ def generate(model, ids, max_new_tokens, sampling, n_vocab, fixed_shapes=None):
         fixed_shapes = on_cuda
     sampler, graph = Sampler(model, sampling, n_vocab, fixed_shapes), None
     ids = list(ids[-block_size:])
-    for n in range(max_new_tokens):
+    for n in range(sampling.max_new_tokens):
         is_full = len(ids) > block_size
         if is_full:
             ids = ids[-max(block_size // 2, 1):]
@@ -152,6 +151,8 @@ def generate(model, ids, max_new_tokens, sampling, n_vocab, fixed_shapes=None):
         if on_cuda and fixed_shapes and n == 2:     # the first tokens have loaded all kernels
             graph = capture_graph(sampler)
         ids.append(sampler.token.item())
+        if ids[-1] == END_OF_TEXT:
+            return
         yield ids[-1]
 
 

@@ -37,7 +37,19 @@ def write(folder, theirs, name):
     else:
         writer.add_feed_forward_length(config.n_inner)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    add_tokenizer(writer, gguf.TokenType, config.vocab_size)
+    tokens, merges = vocabulary_and_merges()
+    # rows of the embedding that no token uses
+    padding = [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*tokens, *padding])
+    types = gguf.TokenType
+    writer.add_token_types([types.NORMAL] * END_OF_TEXT + [types.CONTROL]
+                           + [types.UNUSED] * len(padding))
+    writer.add_token_merges([f"{first} {second}" for first, second in merges])
+    writer.add_bos_token_id(END_OF_TEXT)
+    writer.add_eos_token_id(END_OF_TEXT)
+    writer.add_add_bos_token(True)      # every document of the training text began with it
     for key, array in tensors(theirs).items():
         writer.add_tensor(key, array)
     writer.write_header_to_file()
@@ -49,18 +61,19 @@ def write(folder, theirs, name):
 
 
 def check(folder, theirs):
-    """Read the file back and compare every number of its tensors. Returns how many there are."""
-    reader = import_package("gguf", "--format=gguf").GGUFReader(folder / "model.gguf")
+    """Read the file back and compare every number of its tensors. Returns what was compared."""
+    import gguf
+    reader = gguf.GGUFReader(folder / "model.gguf")
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, array in tensors(theirs).items():
         if not np.array_equal(stored[name], array):
             raise RuntimeError(f"model.gguf does not hold the model's {name}; nothing is written")
-    return len(stored)
+    return f"{len(stored)} tensors, every number as in the model"
 
 
 def tensors(theirs):
     """{name in the file: fp32 array}. The names are llama.cpp's, from the gguf package."""
-    gguf = import_package("gguf", "--format=gguf")
+    import gguf
     config, weights = theirs.config, theirs.state_dict()
     architecture = gguf.MODEL_ARCH[config.model_type.upper()]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -68,18 +81,3 @@ def tensors(theirs):
         del weights["lm_head.weight"]
     return {table.get_name(name, (".weight", ".bias")): w.numpy()
             for name, w in transposed(weights).items()}
-
-
-def add_tokenizer(writer, token_type, vocab_size):
-    tokens, merges = vocabulary_and_merges()
-    # rows of the embedding that no token uses
-    padding = [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*tokens, *padding])
-    writer.add_token_types([token_type.NORMAL] * END_OF_TEXT + [token_type.CONTROL]
-                           + [token_type.UNUSED] * len(padding))
-    writer.add_token_merges([f"{first} {second}" for first, second in merges])
-    writer.add_bos_token_id(END_OF_TEXT)
-    writer.add_eos_token_id(END_OF_TEXT)
-    writer.add_add_bos_token(True)      # every document of the training text began with it

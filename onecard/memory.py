@@ -118,7 +118,7 @@ def needed(cfg, size, machine, fit):
     if cfg.optimizer == "muon":
         state -= 4 * size.blocks        # a matrix has one average
         # Muon holds five copies of its largest stack of matrices of one shape
-        stack = c.n_layer * c.n_embd * max(4 * c.n_embd, mlp_width(c))
+        stack = c.n_layer * c.n_embd * max(4 * c.n_embd, c.mlp_width)
         peak = max(peak, 5 * itemsize * stack)
     return round(FRAGMENTATION * (state + peak))
 
@@ -127,7 +127,7 @@ def kept_by_layer(c, dtype, compiled, recompute):
     """Bytes of one token that a layer keeps for its backward pass."""
     C, itemsize = c.n_embd, dtype.itemsize
     # queries, keys, values, attention's result, and that of the MLP's first matrix
-    numbers = 4 * C + mlp_width(c)
+    numbers = 4 * C + c.mlp_width
     if c.position == "rotary" or c.qk_norm:
         numbers += 2 * C                # queries and keys once more, as attention sees them
     if not recompute:
@@ -148,13 +148,6 @@ def kept_by_layer(c, dtype, compiled, recompute):
         if c.dropout:
             n_bytes += 2 * C            # a copy of the mask for attention
     return n_bytes
-
-
-def mlp_width(c):
-    """How many numbers the MLP's first matrix makes of a token."""
-    if c.mlp == "swiglu":
-        return 2 * c.inner_size
-    return c.inner_size
 
 
 def needed_by_loss(c, tokens, chunk, itemsize, compiled):

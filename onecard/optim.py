@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from onecard.settings import UserError
+from onecard.settings import UserError, in_range
 
 # a, b, c of X <- a X + (b A + c A A) X, where A = X X' (Amsel et al. 2025, arXiv 2505.16932)
 POLAR_EXPRESS = ((8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.500018),
@@ -19,22 +19,21 @@ FIRST_MOMENTUM = 0.85           # of Muon, as in modded-nanogpt: at first, gradi
 WIDTH = 768                     # embedding_lr and head_lr are meant for this n_embd
 
 
-def configure_optimizer(model, cfg, device, dtype):
+def configure_optimizer(model, cfg, dtype):
     """The optimizer that `cfg` names. Each of its groups has a `peak_lr`; see set_rates."""
-    betas = cfg.beta1, cfg.beta2
-    fused = device.type in ("cuda", "cpu", "mps")       # one kernel for all weights of a group
+    usual = {"betas": (cfg.beta1, cfg.beta2), "fused": True}    # one kernel for a group's weights
     if cfg.optimizer == "adamw":
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
                   {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, **usual)
     else:
         product_dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         muon = Muon(muon_groups(model), {
             "lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": cfg.momentum,
             "beta2": cfg.muon_beta2, "cautious": cfg.cautious, "dtype": product_dtype})
-        adamw = torch.optim.AdamW(adamw_groups(model, cfg), betas=betas, eps=ADAM_EPS, fused=fused)
+        adamw = torch.optim.AdamW(adamw_groups(model, cfg), eps=ADAM_EPS, **usual)
         optimizer = MuonAndAdamW(muon, adamw)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
@@ -76,10 +75,7 @@ def adamw_groups(model, cfg):
 def load_state(optimizer, state):
     """Load averages and step counts from a checkpoint. Rates, betas and decay stay today's."""
     if isinstance(optimizer, MuonAndAdamW):
-        if "muon" not in state:
-            raise UserError("this checkpoint was made by another version, and the state of its "
-                            "Muon is no longer read; --init_from=FOLDER begins with its weights")
-        load_state(optimizer.muon, state["muon"])
+        load_state(optimizer.muon, state.get("muon"))
         load_state(optimizer.adamw, state.get("adamw"))
         return
     needed = average_shapes(optimizer)
@@ -132,8 +128,7 @@ def check_schedule(cfg):
     if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
         raise UserError(f"min_lr = {cfg.min_lr} must be at most learning_rate = "
                         f"{cfg.learning_rate}")
-    if not 0 <= cfg.cooldown <= 1:
-        raise UserError(f"cooldown = {cfg.cooldown} is a share of max_iters, from 0 to 1")
+    in_range(0, 1, cfg, "cooldown")
     longest_warmup = cfg.lr_decay_iters - 1
     if cfg.lr_schedule == "wsd":
         longest_warmup = cooldown_start(cfg)

@@ -53,8 +53,7 @@ QWEN3_BLOCK = {
 
 def open_theirs(name):
     """(model of transformers, identity of its tokenizer or None); `name` as in read()."""
-    is_folder = name != "" and Path(name).is_dir()
-    if not is_folder and name not in OPENAI_MODELS:
+    if not Path(name).is_dir() and name not in OPENAI_MODELS:
         close = difflib.get_close_matches(name, ("resume", *OPENAI_MODELS), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{name!r} is no folder and no .pt file, and the models that are fetched "

@@ -113,8 +113,7 @@ def start(device="auto", dtype="auto", backend="auto"):
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the {size} processes do not find each other ({error}); start them by "
                         "torchrun") from None
-    dtype, control = pick_dtype(dtype, device), dist.new_group(backend="gloo")
-    world = World(device, dtype, rank, size, control)
+    world = World(device, pick_dtype(dtype, device), rank, size, dist.new_group(backend="gloo"))
     # without this, an early error of rank 0 hides behind a connection error of the others
     world.wait()
     return world
@@ -157,23 +156,19 @@ def forbid_spilling(device):
 
 def pick_device(name="auto"):
     """The torch.device of 'auto' (cuda, else mps, else cpu), or of a name that torch knows."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    is_here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
     if name == "auto":
-        name = "cuda" if has_cuda else "mps"
-        if not has_cuda and not has_mps:
-            name = "cpu"
+        name = next(kind for kind in is_here if is_here[kind])
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device = {name!r} is not one that torch knows; "
-                        "use auto, cuda, cuda:1, mps or cpu") from None
-    if device.type not in ("cuda", "mps", "cpu"):
+        device = None
+    if device is None or device.type not in is_here:
         raise UserError(f"device = {name!r}: use auto, cuda, cuda:1, mps or cpu")
-    no_cuda = not has_cuda
     if device.type == "cuda" and device.index:
-        no_cuda = device.index >= torch.cuda.device_count()
-    missing = {"cuda": no_cuda, "mps": not has_mps}
-    if missing.get(device.type):
+        is_here["cuda"] = device.index < torch.cuda.device_count()
+    if not is_here[device.type]:
         raise UserError(f"device = {name!r}: torch {torch.__version__} sees no such device here. "
                         "--device=auto takes what there is; for an NVIDIA card "
                         "install torch's CUDA build (pytorch.org/get-started)")
@@ -195,10 +190,9 @@ def pick_dtype(name, device):
             return torch.bfloat16
         return torch.float16 if major == 7 else torch.float32
     if device.type == "cpu":
-        units = [getattr(torch.cpu, f"_is_{unit}_supported", None)
-                 for unit in ("avx512_bf16", "amx_tile")]
-        has_bf16 = any(is_supported() for is_supported in units if is_supported)
-        return torch.bfloat16 if has_bf16 else torch.float32
+        units = torch.cpu.get_capabilities()
+        if units.get("avx512_bf16") or units.get("amx_tile"):
+            return torch.bfloat16
     return torch.float32
 
 

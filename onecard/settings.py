@@ -207,7 +207,6 @@ def open_consoles(prints_results):
             os.fstat(number)
         except OSError:                 # it is closed. The next file that is opened would get its
             os.open(os.devnull, os.O_RDWR)      # number, and all that libraries print
-    sys.stdin = sys.stdin or open(os.devnull)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         # print line by line into a pipe, and "?" for a letter that the console does not have

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from onecard.attention import CausalAttentionOnCPU, cached_attention, rotary_angles, rotate
+from onecard.attention import CausalAttentionOnCPU, rotary_angles, rotate
 
 
 def with_gradients(attention, inputs, grad):
@@ -29,15 +29,6 @@ def test_attention_for_cpus_is_attention(T, dtype, tolerance):
     for result, right in zip(ours, rights, strict=True):
         assert result.dtype == dtype
         assert (result - right).norm() < tolerance * grad.norm()
-
-
-@pytest.mark.parametrize("T", [1, 5, 20])
-def test_the_last_tokens_see_what_they_see_in_the_whole_text(T):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 20, 16)
-    mask = torch.ones(20, 20, dtype=torch.bool).tril()[-T:]
-    last = cached_attention(q[:, :, -T:], k, v, mask)
-    assert torch.allclose(last, plain(q, k, v)[:, :, -T:], atol=1e-6)
 
 
 def test_rotary_positions_tell_distances_and_nothing_else():

@@ -102,21 +102,21 @@ def test_code_in_a_checkpoint_is_not_run(work):
 
 def test_the_newest_run_is_found(work):
     with pytest.raises(UserError, match="there is no run under out"):
-        checkpoint.run_folder()
+        checkpoint.source()
     for name in ("out-b", "out-a", "out/run"):
         (work / name).mkdir(parents=True)
         checkpoint.save(work / name / "ckpt.pt", parts())
         os.utime(work / name / "ckpt.pt", (time.time() - 60, time.time() - 60))
     (work / "out-later-but-empty").mkdir()
     os.utime(work / "out-a/ckpt.pt")
-    assert checkpoint.run_folder() == Path("out-a")
+    assert checkpoint.source() == Path("out-a")
     checkpoint.link_or_copy("out/run/ckpt.pt", "out/run/best.pt")
     os.utime(work / "out/run/best.pt", (time.time() + 60, time.time() + 60))
-    assert checkpoint.run_folder() == Path("out/run")
+    assert checkpoint.source() == Path("out/run")
     assert checkpoint.best_or_newest("out/run").name == "best.pt"
     assert checkpoint.best_or_newest("out-a").name == "ckpt.pt"
     with pytest.raises(UserError, match="out-later-but-empty holds no ckpt.pt or best.pt"):
-        checkpoint.run_folder("out-later-but-empty")
+        checkpoint.source(out_dir="out-later-but-empty")
 
 
 def test_a_bit_that_flips_is_noticed_wherever_it_is(work):

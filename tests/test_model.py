@@ -1,5 +1,6 @@
 """The network: the one of transformers, causal, counted, compiled, cached, and read again."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,8 +171,7 @@ def test_flops_per_token_are_those_that_torch_counts(kind):
 @pytest.mark.parametrize("lengths", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
 def test_reading_a_text_in_pieces_with_a_cache_changes_nothing(kind, lengths):
     model = noisy(**kind)
-    idx = torch.randint(320, (2, 29))
-    cache = KVCache(model.config, 2, idx.device, torch.float32, 32)
+    idx, cache = torch.randint(320, (1, 29)), KVCache(model)
     with torch.no_grad():
         pieces = [model.hidden(piece, cache) for piece in idx.split(lengths, 1)]
         assert torch.allclose(torch.cat(pieces, 1), model.hidden(idx), atol=1e-5)
@@ -212,7 +212,8 @@ def test_the_arguments_of_a_gpt2_are_the_seven_that_nanogpt_knows():
 @every_kind
 def test_a_shorter_context_forgets_only_the_later_positions(kind):
     model = noisy(**kind)
-    shorter = GPT.from_checkpoint(parts_of(model), block_size=16).eval()
+    shorter = GPT(replace(model.config, block_size=16)).eval()
+    shorter.load_weights(parts_of(model))
     idx = torch.randint(320, (1, 16))
     assert torch.equal(shorter(idx), model(idx)) and shorter.config.block_size == 16
 
@@ -221,9 +222,8 @@ def test_a_checkpoint_of_nanogpts_compiled_model_is_read():
     model = noisy(bias=False)
     parts = parts_of(model)
     parts["model"] = {f"_orig_mod.{name}": w for name, w in parts["model"].items()}
-    read = GPT.from_checkpoint(parts, dropout=0.2)
     idx = torch.randint(320, (1, 16))
-    assert torch.equal(read.eval()(idx), model(idx)) and read.config.dropout == 0.2
+    assert torch.equal(GPT.from_checkpoint(parts)(idx), model(idx))
 
 
 def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work):
@@ -235,7 +235,7 @@ def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work
     for name in ("out", "out/ckpt.pt", "theirs"):
         opened = open_model(name)
         labels.append((opened.label, opened.dataset))
-        assert torch.equal(opened.model.eval()(idx), model(idx))
+        assert torch.equal(opened.model(idx), model(idx))
         assert opened.vocabulary.identity == VOCABULARY_SHA256
     run = ("out/ckpt.pt, step 7", "tiny")
     assert labels == [run, run, ("theirs", "")]
@@ -269,26 +269,24 @@ def test_a_network_that_cannot_be_is_named(changes, sentence):
         small(**changes)
 
 
-@pytest.mark.parametrize("arguments, block_size, sentence", [
-    (dict(block="modern", softcap=5.0), 0, "another version: it has the settings block, softcap"),
-    (dict(n_layer="3"), 0, "has n_layer = '3': n_layer is of type int, not str"),
-    (dict(n_layer=2.5), 0, "n_layer is of type int, not float"),
-    (dict(n_layer=None), 0, "n_layer is of type int, not NoneType"),
-    (dict(bias=1), 0, "bias is of type bool, not int"),
-    (dict(rope_theta=math.nan), 0, "rope_theta must be a finite number"),
-    (dict(n_layer=-1), 0, "n_layer = -1 must be at least 1"),
-    (dict(n_embd=10**9), 0, "n_embd = 1000000000 must be at most"),
-    (dict(n_layer=2), 0, "transformer.h.2.attn.c_attn.bias .* need None"),
-    (dict(n_layer=4), 0, "transformer.h.3.attn.c_attn.bias has the shape None"),
-    (dict(n_embd=128), 0, "lm_head.weight has the shape .*320, 64.* need .*320, 128"),
-    (dict(block_size=16), 0, "wpe.weight has the shape .*32, 64.* need .*16, 64"),
-    (dict(block_size=64), 0, "wpe.weight has the shape .*32, 64.* need .*64, 64"),
-    (dict(), 64, "block_size = 64, but the context of this model is 32 tokens")])
-def test_a_checkpoint_that_does_not_fit_is_named(arguments, block_size, sentence):
+@pytest.mark.parametrize("arguments, sentence", [
+    (dict(block="modern", softcap=5.0), "another version: it has the settings block, softcap"),
+    (dict(n_layer="3"), "has n_layer = '3': n_layer is of type int, not str"),
+    (dict(n_layer=2.5), "n_layer is of type int, not float"),
+    (dict(n_layer=None), "n_layer is of type int, not NoneType"),
+    (dict(bias=1), "bias is of type bool, not int"),
+    (dict(rope_theta=math.nan), "rope_theta must be a finite number"),
+    (dict(n_layer=-1), "n_layer = -1 must be at least 1"),
+    (dict(n_embd=10**9), "n_embd = 1000000000 must be at most"),
+    (dict(n_layer=2), "transformer.h.2.attn.c_attn.bias .* need None"),
+    (dict(n_layer=4), "transformer.h.3.attn.c_attn.bias has the shape None"),
+    (dict(n_embd=128), "lm_head.weight has the shape .*320, 64.* need .*320, 128"),
+    (dict(block_size=64), "wpe.weight has the shape .*32, 64.* need .*64, 64")])
+def test_a_checkpoint_that_does_not_fit_is_named(arguments, sentence):
     parts = parts_of(small())
     parts["model_args"] |= arguments
     with pytest.raises(UserError, match=sentence):
-        GPT.from_checkpoint(parts, block_size=block_size)
+        GPT.from_checkpoint(parts)
 
 
 @pytest.mark.parametrize("name", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"])
@@ -301,7 +299,7 @@ def test_a_checkpoint_that_does_not_say_its_sizes_is_named(name):
 
 @every_kind
 @pytest.mark.parametrize("change", [
-    lambda w: None, lambda w: w[:-1], lambda w: w[None], lambda w: w.sum(), lambda w: "text"])
+    lambda w: None, lambda w: w[:-1], lambda w: w[None], lambda w: w.sum()])
 def test_weights_of_another_shape_are_named(kind, change):
     parts = parts_of(small(**kind))
     for name, w in list(parts["model"].items())[::5]:
@@ -329,7 +327,6 @@ def test_an_older_nanogpts_masks_are_no_weights_and_other_names_are_refused():
     for layer in range(3):
         attention = f"_orig_mod.transformer.h.{layer}.attn"
         parts["model"][f"{attention}.bias"] = torch.ones(1, 1, 32, 32).tril()
-        parts["model"][f"{attention}.masked_bias"] = torch.tensor(-1e4)
     idx = torch.randint(320, (1, 16))
     assert torch.equal(GPT.from_checkpoint(parts).eval()(idx), model(idx))
     parts["model"]["transformer.h.0.attn.gate"] = torch.ones(1)

@@ -321,7 +321,7 @@ def test_a_resumed_run_plans_what_is_left_at_the_speed_it_had(before, evaluation
 def test_a_checkpoint_is_as_large_as_planned_and_a_full_disk_is_refused(work, recipe):
     cfg = small(**recipe, n_embd=128, out_dir="runs/a")
     model = GPT(GPTConfig.of(cfg))
-    optimizer = optim.configure_optimizer(model, cfg, torch.device("cpu"), torch.float32)
+    optimizer = optim.configure_optimizer(model, cfg, torch.float32)
     model(*torch.ones(2, 1, 64, dtype=torch.long)).backward()
     optimizer.step()
     (work / "runs" / "a").mkdir(parents=True)

@@ -28,7 +28,7 @@ def test_a_model_that_goes_there_and_comes_back_has_the_same_bits(work, kind):
     model = noisy(**kind)
     there = pretrained.to_transformers(model.config, model.state_dict())
     there.save_pretrained("one")
-    back = GPT.from_checkpoint(pretrained.read("one")).eval()
+    back = GPT.from_checkpoint(pretrained.read("one"))
     pretrained.to_transformers(back.config, back.state_dict()).save_pretrained("two")
     for name in ("model.safetensors", "config.json"):
         assert (work / "one" / name).read_bytes() == (work / "two" / name).read_bytes()
@@ -49,7 +49,7 @@ def test_a_folder_that_others_wrote_in_half_precision_is_read_as_fp32(work, conf
     theirs = type(theirs).from_pretrained("theirs").float().eval()
     parts = pretrained.read("theirs")
     assert all(w.dtype == torch.float32 for w in parts["model"].values())
-    ours = GPT.from_checkpoint(parts).eval()
+    ours = GPT.from_checkpoint(parts)
     assert ours(IDX).std() > 0.3 and torch.allclose(ours(IDX), theirs(IDX).logits, atol=1e-4)
 
 

@@ -125,7 +125,7 @@ def test_a_gpt2_of_the_first_version_goes_on_and_its_muon_is_one_sentence(tiny):
     parts = saved(out_dir="out-muon")
     parts["optimizer"] = {"state": {}, "param_groups": []}
     checkpoint.save("out-muon/ckpt.pt", parts)
-    with pytest.raises(UserError, match="made by another version.* Muon is no longer read"):
+    with pytest.raises(UserError, match="no state of this optimizer that fits"):
         run_tiny(init_from="resume", out_dir="out-muon", **MUON)
 
 
@@ -495,6 +495,8 @@ def test_it_starts_from_a_folder_of_transformers_and_from_a_run(tiny):
     assert saved(out_dir="out-hf")["model_args"]["block_size"] == 16
     run_tiny(init_from="out-hf", out_dir="out-more", max_iters=1, **text)
     assert log("out-more")[0, "val_loss"] == pytest.approx(log("out-hf")[2, "val_loss"], abs=1e-6)
+    with pytest.raises(UserError, match="block_size = 32, but the context of this model is 16"):
+        run_tiny(init_from="out-hf", out_dir="out-longer", block_size=32, **text)
     # with the settings that it was started with
     run_tiny(init_from="resume", out_dir="out-hf", max_iters=4, **text)
     assert saved(out_dir="out-hf")["iter_num"] == 4

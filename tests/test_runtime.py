@@ -27,7 +27,7 @@ def test_auto_takes_the_best_device_there_is(cuda, mps, kind):
 @pytest.mark.parametrize("name, words", [
     ("cuda", "device = 'cuda': torch .* sees no such device here"),
     ("mps", "device = 'mps': torch .* sees no such device here"),
-    ("gpu", "device = 'gpu' is not one that torch knows")])
+    ("gpu", "device = 'gpu': use auto, cuda, cuda:1, mps or cpu")])
 def test_a_device_that_is_missing_is_named(name, words):
     with mock.patch("torch.cuda.is_available", return_value=False), \
             pytest.raises(UserError, match=words):
@@ -52,8 +52,8 @@ def test_a_card_computes_in_what_its_generation_has(capability, dtype):
 @pytest.mark.parametrize("bf16, amx, dtype", [
     (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)])
 def test_a_processor_computes_in_bf16_where_it_has_it(bf16, amx, dtype):
-    with mock.patch("torch.cpu._is_avx512_bf16_supported", return_value=bf16, create=True), \
-            mock.patch("torch.cpu._is_amx_tile_supported", return_value=amx, create=True):
+    units = {"avx512_bf16": bf16, "amx_tile": amx}
+    with mock.patch("torch.cpu.get_capabilities", return_value=units):
         assert runtime.pick_dtype("auto", CPU) == dtype
 
 

@@ -95,7 +95,7 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
 def test_validation_is_the_mean_over_the_first_windows_or_all(tiny, eval_iters, batch_size):
     run_tiny(eval_iters=eval_iters, batch_size=batch_size, max_iters=1)
     data = Dataset("data/letters", "val", 16)
-    model = GPT.from_checkpoint(saved()).eval()
+    model = GPT.from_checkpoint(saved())
     n = min(eval_iters * batch_size, data.n_windows)
     with torch.no_grad():
         loss = model(*windows(data, range(n))).item()
