@@ -7,14 +7,12 @@
 
 The model reads each document alone, from its end-of-text token, and every token counts once. A
 document that is longer than the context is read in windows that overlap: all of the first one
-counts, and of each further one the last `stride` tokens. A result on the whole of the run's own val
-is kept in the run's folder as eval.json.
+counts, and of each further one the last `stride` tokens.
 """
 import json
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +24,6 @@ from model import open_model
 from onecard import checkpoint, runtime, tokenizer
 from onecard.datafiles import folder_of
 from onecard.dataset import Dataset
-from onecard.files import write_text
 from onecard.settings import UserError, configure_and_run, in_range, one_of
 
 PAD_TO = 64                             # windows are padded to a multiple of it: fewer kernels
@@ -173,14 +170,6 @@ def print_results(results, paired, machine):
               f"{with_error(paired, 'bits_per_byte')} bits per byte")
 
 
-def keep(result, path):
-    """Write a result to `path`. If that fails, it was at least printed."""
-    try:
-        write_text(path, json.dumps(result) + "\n")
-    except OSError as error:
-        print(f"warning: {path} could not be written: {error}", file=sys.stderr)
-
-
 def main(cfg):
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
@@ -215,10 +204,6 @@ def main(cfg):
         print(json.dumps(output))
     else:
         print_results(results, paired, f"{runtime.device_name(device)}, {dtype}")
-    is_usual = cfg.split == "val" and not (cfg.dataset or cfg.max_documents or cfg.stride)
-    for name, result in zip(names, results, strict=True):
-        if is_usual and checkpoint.best_or_newest(name):        # None for a model without a run
-            keep(result, Path(name) / "eval.json")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Turn text into a dataset: data/<dataset>/train.bin and val.bin, GPT-2 token ids 
 Every document becomes 50256 (end of text) and then its tokens. The new files are written beside the
 old ones and renamed at the end, so a prepare that is stopped leaves the folder as it was.
 """
-import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -39,12 +38,10 @@ class PrepareConfig:
     force: bool = False                 # do it again, replace what was made from other files
 
     def __post_init__(self):
-        in_range(0, 1, self, "val_fraction")
+        in_range(0, 0.99999, self, "val_fraction")     # training needs a share, too
         in_range(0, 1024, self, "num_proc")
         in_range(0, 2**63 - 1, self, "seed")
         one_of(self, encoder=("auto", "gigatoken", "tiktoken"))
-        if self.val_fraction == 1:
-            raise UserError("val_fraction = 1.0 must be below 1, as training needs a share, too")
         if self.dataset != Path(self.dataset).name or self.dataset == "..":
             raise UserError(f"dataset = {self.dataset!r} must be a name without / or .., as the "
                             f"dataset is written to {datafiles.DATA}/NAME")
@@ -59,7 +56,7 @@ def find_files(cfg, dataset):
     """The files of each split, {split: paths}. Fetches or makes the text first, if that is set."""
     names, val_files = cfg.files, []
     if cfg.val:
-        val_files = documents.find([cfg.val], dataset)
+        val_files = documents.find([cfg.val])
     if cfg.download:
         samples.download_fineweb()
         names = [documents.FINEWEB]
@@ -67,7 +64,9 @@ def find_files(cfg, dataset):
         if not documents.SAMPLE.exists():
             samples.write_sample(documents.SAMPLE)
         names = [documents.SAMPLE]
-    return {"train": documents.find(names, dataset), "val": val_files}
+    if not names:
+        names = [documents.find_parquet(dataset)]
+    return {"train": documents.find(names), "val": val_files}
 
 
 def describe_inputs(files, cfg):
@@ -90,16 +89,15 @@ def is_made_from(folder, inputs):
     if not present:
         return False
     meta = datafiles.read_meta(folder)          # None: made by nanoGPT, nobody knows from what
-    with contextlib.suppress(KeyError, TypeError):      # it may have been edited
-        if meta and comparison_key(meta) == comparison_key(inputs):
-            return len(present) == len(datafiles.NAMES)     # False: a file is missing
+    if meta and comparison_key(meta) == comparison_key(inputs):
+        return len(present) == len(datafiles.NAMES)     # False: a file is missing
     raise UserError(f"{folder} was prepared from other files or with other settings; --force "
                     "replaces it, --dataset=NAME writes to another folder")
 
 
 def write_splits(files, cfg, writers, bar):
     """Encode all documents into the two splits. Returns what was counted on the way."""
-    counts, val_hashes, limit = Counter(), np.zeros(0, np.uint64), np.uint64(0)
+    counts, val_hashes, limit = Counter(), np.zeros(0, np.uint64), 0
     if not cfg.val:
         limit = val_limit(files["train"], cfg)
     for batch in encoder.encode(documents.batches(files["val"], cfg.text_column, counts), cfg):

@@ -401,7 +401,6 @@ def main(cfg):
             if not evaluates:                   # a few windows show whether the model is broken
                 progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, progress.val_loss)
-            train_data.check_unchanged()
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
             log.flush()                         # an older run's log stayed until this save

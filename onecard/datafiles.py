@@ -55,36 +55,19 @@ def read_meta(folder):
         return None
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if is_whole(meta):
+        if meta["format"] == FORMAT:
             return meta
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         pass
     raise UserError(f"{path} is damaged or of another format than {FORMAT}; `python prepare.py "
                     f"FILES --dataset={path.parent.name} --force` makes it again")
 
 
-def is_whole(meta):
-    """Whether meta.json has what readers need of each split, each value in its type."""
-    counts = [meta["splits"][split] for split in SPLITS]
-    numbers = [count[name] for count in counts for name in (
-        "documents", "tokens", "text_bytes", "max_token")]
-    digests = [count[name] for count in counts for name in ("bin_sha256", "idx_sha256")]
-    tokenizer = meta["tokenizer"]
-    if isinstance(tokenizer, dict):         # the first version wrote its checksum, too
-        tokenizer = tokenizer["name"]
-    return (meta["format"] == FORMAT and tokenizer == "gpt2"
-            and all(type(number) is int and number >= 0 for number in numbers)
-            and all(isinstance(digest, str) for digest in digests))
-
-
-def verify(path, n_bytes, digest):
-    """Raise UserError unless the file has this size and this SHA-256."""
-    again = f"`python prepare.py FILES --dataset={path.parent.name} --force` makes it again"
-    size = path.stat().st_size if path.is_file() else 0
-    if size != n_bytes:
-        raise UserError(f"{path} has {size:,} bytes where meta.json says {n_bytes:,}; {again}")
-    if sha256(path) != digest:
-        raise UserError(f"{path} is not the file that prepare.py wrote (another checksum); {again}")
+def verify(path, digest):
+    """Raise UserError unless the file has this SHA-256."""
+    if not path.is_file() or sha256(path) != digest:
+        raise UserError(f"{path} is not the file that prepare.py wrote (another checksum); `python "
+                        f"prepare.py FILES --dataset={path.parent.name} --force` makes it again")
 
 
 def describe(folder):
@@ -111,41 +94,26 @@ def beginning(path, n_tokens):
 
 
 @contextlib.contextmanager
-def write_errors(folder):
-    """Turn an OSError of writing (a full disk, a folder of somebody else) into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}). Make room, or close what uses its "
-                        "files; the same command tries again") from None
-
-
-@contextlib.contextmanager
 def claimed(folder):
     """Make the folder, and lock it for the block. Only one process can write a dataset to it.
 
-    Finishes what a process that was killed left. A new folder that stays empty is removed.
+    Finishes what a process that was killed left. A new folder that stays empty is removed. An
+    OSError (a full disk, a folder of somebody else) becomes a UserError.
     """
     is_new = not folder.exists()
-    with write_errors(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, "preparing a dataset")
-    try:
-        with write_errors(folder):
-            rename_new_files(folder)
+        rename_new_files(folder)
         yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be prepared ({error}). Make room, or close what uses its "
+                        "files; the same command tries again") from None
     finally:
         if is_new:
             with contextlib.suppress(OSError):      # it is not empty
                 folder.rmdir()
         unlock(folder)
-
-
-def finish_renames(folder):
-    """Finish what a process that was killed while it replaced the files of a dataset left."""
-    if (folder / "meta.json.new").exists():
-        with claimed(folder):
-            pass
 
 
 def rename_new_files(folder):
@@ -167,16 +135,15 @@ def new_dataset(folder):
 
     If the block raises, the new files are removed.
     """
-    with write_errors(folder):
-        writers = {split: SplitWriter(folder, split) for split in SPLITS}
-        try:
-            yield writers
-        finally:
-            for writer in writers.values():
-                writer.close()
-            if not (folder / "meta.json.new").exists():         # else they are whole
-                for name in NAMES:
-                    (folder / f"{name}.new").unlink(missing_ok=True)
+    writers = {split: SplitWriter(folder, split) for split in SPLITS}
+    try:
+        yield writers
+    finally:
+        for writer in writers.values():
+            writer.close()
+        if not (folder / "meta.json.new").exists():             # else they are whole
+            for name in NAMES:
+                (folder / f"{name}.new").unlink(missing_ok=True)
 
 
 def finish(folder, writers, meta):

@@ -5,15 +5,10 @@ is one: its text is in one field. In a .txt file a document ends at <|endoftext|
 blank line after 16,000 characters. Files that are not parquet are UTF-8, or UTF-16 with a byte
 order mark, and may be compressed, as .gz or .zst.
 """
-import contextlib
-import functools
-import gzip
 import io
 import itertools
 import json
-import os
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +24,7 @@ FINEWEB = DATA / "fineweb_one_shard" / "000_00000.parquet"
 SAMPLE = DATA / "sample" / "sample.parquet"
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst",
            ".txt", ".txt.gz", ".txt.zst")
-PACKED = (".gz", ".zst")
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 # files of Hugging Face that describe a dataset
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")
 BYTES_PER_TOKEN = 4.5               # of English text, about
@@ -41,7 +36,6 @@ SEPARATOR = "<|endoftext|>"         # in a .txt file, between documents
 TXT_ENOUGH = 16_000                 # characters of a document after which a blank line ends it
 TXT_LONGEST = 250_000               # characters after which the next white space ends it
 LONGEST_WORD = 1000                 # characters; a long line is cut in a word that is longer
-LONGEST_LINE = 1 << 28              # characters of a line of JSON; more would fill the memory
 BYTE_ORDER_MARK = "\ufeff"          # some programs write it at the beginning of a file
 REPLACEMENT = "\ufffd".encode()
 HALF = re.compile(rb"\xed[\xa0-\xb1\xb4-\xbf][\x80-\xbf]")    # half of a surrogate pair
@@ -51,19 +45,14 @@ MAX_BROKEN_EARLY = 0.01             # the same for the beginning of a file: do n
 EARLY = 1_000_000                   # characters of that beginning
 
 
-def find(names, dataset):
-    """The files that `names` mean (files and folders), sorted by file name.
-
-    Without names it is the one parquet file that `dataset` can mean.
-    """
-    if not names:
-        return [find_parquet(dataset)]
+def find(names):
+    """The files that `names` mean (files and folders), sorted by file name."""
     paths = {}                          # {(disk, number of the file): path}: each file once
     for name in names:
         path = Path(name)
         if not name or not path.exists():
             raise UserError(f"{name} does not exist")
-        inside = [p for p in path.iterdir() if not is_hidden(p)] if path.is_dir() else [path]
+        inside = [p for p in path.iterdir() if not is_hidden(p.name)] if path.is_dir() else [path]
         texts = [p for p in inside if p.is_file() and p.name.lower().endswith(ENDINGS)]
         if not texts:
             raise UserError(f"{path} is no .parquet, .jsonl, .json or .txt file (the last three "
@@ -76,26 +65,23 @@ def find(names, dataset):
     return sorted(paths.values(), key=lambda path: (path.name, path))
 
 
-def is_hidden(path):
+def is_hidden(name):
     """True for what programs leave beside a file of text: ._a.parquet, a.parquet.crc, meta.json."""
-    has_mark = path.name.startswith((".", "_")) or path.suffix == ".crc"
-    return has_mark or path.name in (*NAMES, *DESCRIPTIONS)
+    return name.startswith((".", "_")) or name.endswith(".crc") or name in (*NAMES, *DESCRIPTIONS)
 
 
 def parquet_files(folder):
     """The parquet files in a folder and in its folders, without what is hidden."""
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        is_parquet = path.suffix.lower() == ".parquet" and path.is_file()
-        if is_parquet and not any(map(is_hidden, [inside, *inside.parents])):
-            yield path
+    return [path for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() == ".parquet" and path.is_file()
+            and not any(map(is_hidden, path.relative_to(folder).parts))]
 
 
 def find_parquet(dataset):
     """The one parquet file that `dataset` can mean. Raises UserError for none, or several."""
     if dataset == "fineweb" and FINEWEB.is_file():
         return FINEWEB
-    paths = list(parquet_files(DATA / dataset))
+    paths = parquet_files(DATA / dataset)
     if dataset == "fineweb" and not paths:
         paths = [path for path in parquet_files(DATA) if path != SAMPLE]
     if not paths:
@@ -131,37 +117,25 @@ def batches(paths, text_column, counts):
 
     No document is null or empty, and all are valid UTF-8. `counts` is a Counter. It gets the "bytes
     read" of the files, how many documents were left out ("null", "empty"), and how many
-    "characters" there are; of these, how many were "repaired", are "NUL", or are "broken" (no UTF-8
-    or NUL). Raises UserError if too many are broken.
+    "characters" there are; of these, how many were "repaired", or are "broken" (no UTF-8 or NUL).
+    Raises UserError if too many are broken.
     """
     for path in map(Path, paths):
         before = counts.copy()
-        with readable(path), open(path, "rb") as file:
-            for column in columns_of(file, text_column):
-                counts["bytes read"] = before["bytes read"] + file.tell()
-                texts = clean(column, counts)
-                if counts["characters"] - before["characters"] > EARLY:
-                    refuse_broken(path, counts - before, MAX_BROKEN_EARLY)
-                if len(texts):
-                    yield texts
+        try:
+            with open(path, "rb") as file:
+                for column in columns_of(file, text_column):
+                    counts["bytes read"] = before["bytes read"] + file.tell()
+                    texts = clean(column, counts)
+                    if counts["characters"] - before["characters"] > EARLY:
+                        refuse_broken(path, counts - before, MAX_BROKEN_EARLY)
+                    if len(texts):
+                        yield texts
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}. Perhaps it was cut off, or is of "
+                            "another kind") from None
         refuse_broken(path, counts - before, MAX_BROKEN)
         counts["bytes read"] = before["bytes read"] + path.stat().st_size
-
-
-@contextlib.contextmanager
-def readable(path):
-    """Turn an error of reading into a UserError with its reason."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error) as error:
-        reason = f"perhaps it was cut off, or is of another kind: {error}"
-        if getattr(error, "errno", None):
-            reason = f"as the system says: {os.strerror(error.errno)}"
-        elif "crypt" in str(error):
-            reason = "as it is encrypted. Write it again without encryption"
-        elif "too much memory" in str(error):
-            reason = f"as its zstd window is too large. `zstd -d --long=31 {path}` unpacks it"
-        raise UserError(f"{path} cannot be read, {reason}") from None
 
 
 def clean(column, counts):
@@ -174,12 +148,8 @@ def clean(column, counts):
     except pa.ArrowInvalid:
         texts = repair(texts, counts)
     if len(texts):
-        _, starts, data = texts.buffers()
-        starts = np.frombuffer(starts, np.int64)[texts.offset:]
-        data = np.frombuffer(data, np.int8)[starts[0]:starts[len(texts)]]
-        n_nul = len(data) - np.count_nonzero(data)
-        counts["NUL"] += n_nul
-        counts["broken"] += n_nul
+        data = np.frombuffer(texts.buffers()[2], np.int8)   # filter() has made it: it is no slice
+        counts["broken"] += len(data) - np.count_nonzero(data)      # NUL
         counts["characters"] += np.count_nonzero(data >= -64)       # bytes below continue one
     return texts
 
@@ -209,20 +179,15 @@ def refuse_broken(path, counts, limit):
                     f"are broken. {advice}")
 
 
-def unpacked_name(path):
-    """The name of a file without .gz or .zst."""
-    return path.stem if path.suffix.lower() in PACKED else path.name
-
-
 def columns_of(file, text_column):
     """Yield the documents of an open file as arrays of large_binary."""
-    kind = Path(unpacked_name(Path(file.name))).suffix.lower()
-    if kind == ".parquet":
+    name = str(file.name).lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
         yield from parquet_columns(file, text_column)
         return
     text = open_text(file)
     documents = jsonl_documents(text, file.name, text_column)
-    if kind == ".txt":
+    if name.endswith(".txt"):
         documents = txt_documents(text)
     while texts := list(itertools.islice(documents, ROWS)):
         raw = [text and text.encode("utf-8", "surrogatepass") for text in texts]
@@ -252,11 +217,8 @@ def parquet_columns(file, text_column):
 
 def open_text(file):
     """The text in an open file, unpacked. A byte that is not UTF-8 becomes a lone surrogate."""
-    packed = Path(file.name).suffix.lower()
-    if packed == ".gz":
-        file = gzip.GzipFile(fileobj=file)                  # arrow's fails at zeros at the end
-    if packed == ".zst":
-        file = pa.CompressedInputStream(file, "zstd")
+    if compression := PACKED.get(Path(file.name).suffix.lower()):
+        file = pa.CompressedInputStream(file, compression)
     file = io.BufferedReader(file)
     encoding = text_encoding(file.peek(4))
     errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
@@ -265,20 +227,14 @@ def open_text(file):
 
 def jsonl_documents(file, path, field):
     """Yield the text of every line, None for one without."""
-    lines = iter(functools.partial(file.readline, LONGEST_LINE), "")
     is_first = True
-    for number, line in enumerate(lines, 1):
-        if len(line) == LONGEST_LINE:
-            raise UserError(f"line {number:,} of {path} is longer than {LONGEST_LINE:,} letters; "
-                            f'write every document as a line, {{"{field}": "..."}}')
+    for number, line in enumerate(file, 1):
         line = line.lstrip(BYTE_ORDER_MARK).strip()
         if not line:
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            while Path(path).suffix.lower() in PACKED and file.read(1 << 20):
-                pass                    # if the .gz is damaged, reading on raises that error
             raise UserError(f"line {number:,} of {path} cannot be read as JSON ({error}): "
                             f"{line[:40]!r}") from None
         if not isinstance(record, dict):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from onecard.settings import UserError
+from onecard.settings import import_package
 from onecard.tokenizer import END_OF_TEXT, VOCABULARY, GPT2Tokenizer, gpt2
 
 START = np.array([END_OF_TEXT], np.uint16)      # stands before every document
@@ -35,7 +35,7 @@ class Batch:
 def encode(columns, cfg):
     """Yield the documents of `columns` (arrow's large_string) as Batches, in order.
 
-    One thread reads the next column, others encode, and the caller works on a batch meanwhile.
+    Threads encode, while the caller reads and works on a batch.
     `cfg` has the settings encoder, num_proc and seed of prepare.py.
     """
     tokenize, n_threads = by_tiktoken, cfg.num_proc or os.cpu_count()
@@ -43,7 +43,7 @@ def encode(columns, cfg):
         tokenize, n_threads = Gigatoken(), min(n_threads, MAX_THREADS)
     pool, waiting = ThreadPoolExecutor(n_threads), deque()
     try:
-        for column in read_ahead(joined(columns)):
+        for column in joined(columns):
             waiting.append(pool.submit(make_batch, tokenize, column, cfg.seed))
             if len(waiting) > 2 * n_threads:        # a limit, so that memory does not fill up
                 yield waiting.popleft().result()
@@ -56,12 +56,10 @@ def encode(columns, cfg):
 def choose(name):
     """The encoder that the setting "auto", "gigatoken" or "tiktoken" means."""
     gpt2()                              # raises UserError if the vocabulary is damaged
-    is_installed = importlib.util.find_spec("gigatoken") is not None
-    if name == "gigatoken" and not is_installed:
-        raise UserError("--encoder=gigatoken needs `pip install gigatoken`; --encoder=tiktoken "
-                        "makes the same ids")
+    if name == "gigatoken":
+        import_package("gigatoken", "--encoder=gigatoken")
     if name == "auto":
-        return "gigatoken" if is_installed else "tiktoken"
+        name = "gigatoken" if importlib.util.find_spec("gigatoken") else "tiktoken"
     return name
 
 
@@ -77,16 +75,6 @@ def joined(columns):
         yield pa.concat_arrays(waiting)
 
 
-def read_ahead(items):
-    """Yield `items`. A thread makes the next one while the caller works on this one."""
-    items, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, items, end)
-        while (item := following.result()) is not end:
-            following = thread.submit(next, items, end)
-            yield item
-
-
 def make_batch(tokenize, column, seed):
     """The Batch of a column of texts."""
     documents = tokenize(column)
@@ -100,11 +88,8 @@ def make_batch(tokenize, column, seed):
 
 def hash_documents(documents, seed):
     """A uint64 for each document, equal for equal documents and for practically no others."""
-    digests = []
-    for document in documents:
-        digest = hashlib.sha256(str(seed).encode())
-        digest.update(document)
-        digests.append(digest.digest()[:8])
+    salt = str(seed).encode()
+    digests = [hashlib.sha256(salt + document.tobytes()).digest()[:8] for document in documents]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 

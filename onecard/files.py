@@ -26,10 +26,9 @@ def written_beside(path):
     beside.unlink(missing_ok=True)
     try:
         yield beside
-    except BaseException:
+        replace(beside, path)
+    finally:
         beside.unlink(missing_ok=True)
-        raise
-    replace(beside, path)
 
 
 def replace(beside, path):
@@ -87,9 +86,7 @@ def unlock(folder):
 
 
 def text_encoding(first_bytes):
-    """The name of a text's encoding by its byte order mark: UTF-16, UTF-32, else UTF-8."""
-    if first_bytes[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        return "utf-32"
+    """The name of a text's encoding by its byte order mark: UTF-16, else UTF-8."""
     if first_bytes[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     return "utf-8-sig"                  # without the mark, if it has one

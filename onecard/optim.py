@@ -78,39 +78,17 @@ def load_state(optimizer, state):
         load_state(optimizer.muon, state.get("muon"))
         load_state(optimizer.adamw, state.get("adamw"))
         return
-    needed = average_shapes(optimizer)
+    groups = optimizer.state_dict()["param_groups"]
     try:
-        averages, shapes = {}, {}               # {number of a weight: {name: average}}
-        for number, of_weight in state["state"].items():
-            averages[number] = {name: a.contiguous() for name, a in of_weight.items()}
-            shapes[number] = {name: a.shape for name, a in of_weight.items()}
-            if isinstance(optimizer, Muon):     # muon_beta2 = 0 keeps no mean_squares
-                shapes[number].setdefault("mean_squares", needed[number]["mean_squares"])
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        # torch compares no shapes, and its fused AdamW writes behind the end of a short average
+        fits = all(average.shape == weight.shape for weight, averages in optimizer.state.items()
+                   for name, average in averages.items() if name.startswith("exp_avg"))
     except (AttributeError, KeyError, TypeError):       # it is no state of an optimizer
-        shapes = None
-    # torch does not compare them, and its fused AdamW writes behind the end of a short average
-    if shapes != needed and shapes != {}:       # {}: no step was done
+        fits = False
+    if not fits:
         raise UserError("this checkpoint has no state of this optimizer that fits its weights; "
                         "--init_from=FOLDER begins with its weights alone")
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": averages, "param_groups": groups})
-
-
-def average_shapes(optimizer):
-    """{number of a weight: {name of an average: its shape}}: what an optimizer keeps."""
-    shapes, number = {}, 0
-    for group in optimizer.param_groups:
-        params = group["params"]
-        if isinstance(optimizer, Muon):         # the first weight keeps the averages of all
-            m, n = group["rows"], params[0].size(1)
-            N = sum(p.size(0) // m for p in params)
-            narrow = (N, m, 1) if m >= n else (N, 1, n)
-            shapes[number] = {"average": (N, m, n), "mean_squares": narrow}
-        else:
-            for i, p in enumerate(params, number):
-                shapes[i] = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-        number += len(params)
-    return shapes
 
 
 def cooldown_start(cfg):

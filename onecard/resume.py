@@ -12,7 +12,7 @@ from onecard.datafiles import folder_of
 from onecard.files import lock, write_text
 from onecard.settings import UserError, config_text
 
-FILES = (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl", "eval.json")
+FILES = (checkpoint.NEWEST, checkpoint.BEST, checkpoint.STABLE, "log.jsonl")
 
 
 @dataclass

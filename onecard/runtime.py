@@ -89,14 +89,10 @@ def start(device="auto", dtype="auto", backend="auto"):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32
         forbid_spilling(device)
-    try:
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    except ValueError as error:
-        raise UserError("WORLD_SIZE, RANK and LOCAL_RANK are not as torchrun sets them "
-                        f"({error}); unset them") from None
+    size = int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets this, RANK and LOCAL_RANK
     if size == 1:
         return World(device, pick_dtype(dtype, device))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started process {local_rank} here, but this machine has "

@@ -10,6 +10,7 @@ A config file is Python whose variables are the settings. It may import and comp
 start with an underscore are not settings. The command line wins over files, and later files win
 over earlier ones.
 """
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -33,10 +34,8 @@ def in_range(minimum, maximum, settings, *names):
     """Raise UserError unless each of these settings is from `minimum` to `maximum`."""
     for name in names:
         value = getattr(settings, name)
-        if not value >= minimum:        # written so that nan fails, too
-            raise UserError(f"{name} = {value} must be at least {minimum:,}")
-        if value > maximum:
-            raise UserError(f"{name} = {value} must be at most {maximum:,}")
+        if not minimum <= value <= maximum:     # written so that nan fails, too
+            raise UserError(f"{name} = {value} must be from {minimum:,} to {maximum:,}")
 
 
 def one_of(settings, **choices):
@@ -137,18 +136,10 @@ def parse(text, field):
             raise UserError(f"{source}: {field.name} is True or False")
         return words[text.lower()]
     try:
-        number = parse_number(text)
+        number = float(text)
     except ValueError:
         raise UserError(f"{source}: {field.name} is a number ({field.type.__name__})") from None
     return convert(number, field, source)
-
-
-def parse_number(text):
-    """An int if `text` is one, else a float."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def convert(value, field, source):
@@ -174,27 +165,20 @@ def config_text(cfg):
 class Console:
     """stdout or stderr. It ignores a print that fails, so that no print ends hours of training.
 
-    A print fails where a terminal was closed, a pipe has lost its reader, or a disk is full. With
-    `is_needed`, because the text is the only result of a script, the script ends then.
+    A print fails where a terminal was closed, a pipe has lost its reader, or a disk is full.
     """
 
-    def __init__(self, stream, is_needed):
-        self.stream, self.is_needed = stream, is_needed
+    def __init__(self, stream):
+        self.stream = stream
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
         return len(text)
 
     def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, method, *args):
-        try:
-            method(*args)
-        except (OSError, ValueError) as error:
-            if self.is_needed:
-                sys.stdout = None       # Python would try it again when it ends
-                sys.exit(f"cannot print: {error}")
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -211,14 +195,15 @@ def open_consoles(prints_results):
         stream = getattr(sys, name) or open(os.devnull, "w")
         # print line by line into a pipe, and "?" for a letter that the console does not have
         stream.reconfigure(line_buffering=True, errors="replace")
-        is_needed = prints_results and name == "stdout"
-        setattr(sys, name, Console(stream, is_needed))
+        if name == "stderr" or not prints_results:
+            stream = Console(stream)
+        setattr(sys, name, stream)
 
 
 def configure_and_run(main, cls, doc, prints_results=False):
     """Run a script. A UserError is printed in one line; a bug keeps its traceback.
 
-    `prints_results`: the script has no other result than what it prints.
+    `prints_results`: the script has no other result than what it prints, and ends if it cannot.
     """
     script = Path(sys.argv[0]).name
     open_consoles(prints_results)

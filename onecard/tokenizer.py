@@ -113,16 +113,12 @@ def of_dataset(folder, vocab_size):
     if not path.is_file():
         return by_size(vocab_size)
     try:
-        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        characters = CharTokenizer(letters)
-        if characters.stoi == meta["stoi"]:
-            return characters
+        itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
+        return CharTokenizer([itos[i] for i in range(len(itos))])
     except Exception:                   # a damaged pickle can raise anything
-        pass
-    raise UserError(f"{path} has no characters (stoi, itos), one for each id. Without that file, "
-                    f"ids are GPT-2's with a --vocab_size from {N_VOCAB} on; with a smaller one "
-                    "they can be trained on, but not read")
+        raise UserError(f"{path} has no characters (itos), one for each id. Without that file, ids "
+                        f"are GPT-2's with a --vocab_size from {N_VOCAB} on; with a smaller one "
+                        "they can be trained on, but not read") from None
 
 
 def of_checkpoint(parts):

@@ -121,7 +121,7 @@ def test_the_mark_at_the_beginning_of_a_file_tells_its_encoding_and_is_no_text(
     assert read(name)[0] == texts * 2
     write(name, (mark + text.encode(encoding))[:-1])
     if encoding == "utf-16le":
-        with pytest.raises(UserError, match="perhaps it was cut off"):
+        with pytest.raises(UserError, match="Perhaps it was cut off"):
             read(name)
 
 
@@ -183,20 +183,20 @@ def test_names_mean_files_and_what_is_in_folders_and_no_name_the_one_parquet_fil
                                          "meta.json", "dataset_infos.json")]
     for path in (*paths, *hidden, documents.SAMPLE):
         write(path, "")
-    assert documents.find(["f", "g"], "x") == paths and capsys.readouterr().out == ""
+    assert documents.find(["f", "g"]) == paths and capsys.readouterr().out == ""
     for name in ("f/readme.md", "f/g.parquet/part.md", "f/e.parquet.gz"):
         write(name, "")
-    assert documents.find(["f", "g"], "x") == paths
+    assert documents.find(["f", "g"]) == paths
     assert capsys.readouterr().out == "f: 3 of 8 names are left out, such as e.parquet.gz\n"
-    assert documents.find(["f/b.Parquet", "./f/b.Parquet", "g"], "x") == paths[2:4]
+    assert documents.find(["f/b.Parquet", "./f/b.Parquet", "g"]) == paths[2:4]
     for name in ("data/other/x.PARQUET", "data/fineweb/y.parquet", documents.FINEWEB):
         write(name, "")
         for hidden in ("._y.parquet", ".cache/z.parquet", "_temporary/z.parquet"):
             write(Path(name).parent / hidden, "")
         (Path(name).parent / "a.parquet").mkdir()
-        assert documents.find([], "fineweb") == [Path(name)]
-    assert documents.find((), "other") == [Path("data/other/x.PARQUET")]
-    assert documents.find((), "sample") == [documents.SAMPLE]
+        assert documents.find_parquet("fineweb") == Path(name)
+    assert documents.find_parquet("other") == Path("data/other/x.PARQUET")
+    assert documents.find_parquet("sample") == documents.SAMPLE
 
 
 def test_a_file_is_read_once_however_often_it_is_named(work):
@@ -204,7 +204,7 @@ def test_a_file_is_read_once_however_often_it_is_named(work):
     Path("f/b.txt").symlink_to(work / "f/a.txt")
     os.link("f/a.txt", "f/c.txt")
     names = ["f/a.txt", "f/../f/a.txt", work / "f/a.txt", "f"]
-    assert documents.find(names, "x") == [Path("f/a.txt")]
+    assert documents.find(names) == [Path("f/a.txt")]
 
 
 def test_the_indentation_of_a_text_stays_and_no_word_is_cut(work):
@@ -240,27 +240,25 @@ def test_a_damaged_file_is_named(work, name):
     whole, middle = Path(name).read_bytes(), Path(name).stat().st_size // 2
     for damaged in (whole[:middle], whole[:middle] + bytes(9000) + whole[middle + 9000:]):
         Path(name).write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{name} cannot be read, perhaps it was cut off"):
+        with pytest.raises(UserError, match=f"{name} cannot be read: .* Perhaps it was cut off"):
             read(name)
 
 
-def test_what_cannot_be_read_is_refused_with_its_reason_and_zeros_after_a_gz_are_nothing(work):
+def test_what_cannot_be_read_is_refused_with_its_reason(work):
     text = to_lines(make_texts(100)).encode()
     write("a.jsonl", text)
     write("b.jsonl.gz", text)
-    for padded in (Path("b.jsonl.gz").read_bytes() + bytes(1000), Path("b.jsonl.gz").read_bytes()):
-        Path("c.jsonl.gz").write_bytes(padded * 2)
-        assert read("c.jsonl.gz")[0] == read("a.jsonl")[0] * 2
+    Path("c.jsonl.gz").write_bytes(Path("b.jsonl.gz").read_bytes() * 2)
+    assert read("c.jsonl.gz")[0] == read("a.jsonl")[0] * 2
     Path("d.jsonl.gz").write_bytes(text)
     Path("e.txt").mkdir()
     frame = bytes.fromhex("28b52ffd 00a8") + (len(text) << 3 | 1).to_bytes(3, "little") + text
     Path("f.jsonl.zst").write_bytes(frame)          # its window is 2 GB
     Path("g.jsonl.zst").write_bytes(frame.replace(b"\xa8", b"\x80", 1))            # 64 MB
     assert read("g.jsonl.zst")[0] == read("a.jsonl")[0]
-    for name, reason in (("d.jsonl.gz", "of another kind: Not a gzipped file"),
-                         ("e.txt", "as the system says: Is a directory"),
-                         ("f.jsonl.zst", ".*`zstd -d --long=31 f.jsonl.zst` unpacks it")):
-        with pytest.raises(UserError, match=f"^{name} cannot be read, .*{reason}"):
+    for name, reason in (("d.jsonl.gz", "incorrect header check"), ("e.txt", "Is a directory"),
+                         ("f.jsonl.zst", "Frame requires too much memory")):
+        with pytest.raises(UserError, match=f"^{name} cannot be read: .*{reason}"):
             read(name)
 
 
@@ -279,7 +277,7 @@ def test_an_encrypted_column_is_refused_and_a_plain_one_beside_it_is_read(work, 
             plaintext_footer=has_plain_footer))
     with pq.ParquetWriter("a.parquet", table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
-    with pytest.raises(UserError, match="a.parquet cannot be read, as it is encrypted"):
+    with pytest.raises(UserError, match="a.parquet cannot be read: .*(?i:decrypt|crypt)"):
         read("a.parquet")
     assert documents.token_count("a.parquet") is None
     if has_plain_footer:
@@ -314,15 +312,6 @@ def test_a_small_text_gives_more_to_val():
     assert shares == [0.1, 0.1, 0.05, 0.005, 0.005]
 
 
-def test_a_line_of_json_that_never_ends_is_not_read_whole(work, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST_LINE", 1 << 20)
-    write("a.json", to_lines(["x"]) + "[" + to_lines(["x" * 99]).replace("\n", ", ") * 90_000 + "]")
-    counts = Counter()
-    with pytest.raises(UserError, match="line 2 of a.json is longer than 1,048,576 letters; write"):
-        list(documents.batches(["a.json"], "text", counts))
-    assert not counts["bytes read"]
-
-
 @pytest.mark.parametrize("files, names, sentence", [
     ({}, ["gone.parquet"], "gone.parquet does not exist"),
     ({"f/a.parquet.gz": ""}, ["f"], "f is no .parquet, .jsonl, .json or"),
@@ -340,7 +329,7 @@ def test_a_mistake_is_one_sentence(work, files, names, sentence):
     for path, text in files.items():
         write(path, text)
     with pytest.raises(UserError) as error:
-        read(*documents.find(names, "fineweb"))
+        read(*documents.find(names or [documents.find_parquet("fineweb")]))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 

@@ -199,49 +199,25 @@ def test_a_warmup_that_leaves_no_room_for_the_decay_is_refused(changes, sentence
         optim.check_schedule(settings(**changes))
 
 
-def short(average):
-    return average[..., :-1] if average.dim() else average.expand(2)
-
-
-@pytest.mark.parametrize("kind, network", [("adamw", {}), ("muon", {}), ("muon", MODERN)])
 @pytest.mark.parametrize("change", [
-    short, lambda average: average[None], lambda average: None, lambda average: [1.0],
-    lambda average: average.flatten()[0] if average.dim() else average[None]])
-def test_averages_of_another_shape_are_refused(kind, network, change):
-    optimizer, model = optimizer_of(network, optimizer=kind)
+    lambda average: average[..., :-1], lambda average: average[None], lambda average: [1.0]])
+def test_averages_of_another_shape_are_refused(change):
+    optimizer, model = optimizer_of({}, optimizer="adamw")
     train(optimizer, model, range(1))
-    halves = [optimizer] if kind == "adamw" else [optimizer.muon, optimizer.adamw]
-    for half in halves:
-        for averages in half.state.values():
-            for name, right in list(averages.items()):
-                averages[name] = change(right)
-                if averages[name] is None:
-                    del averages[name]
-                again, _ = optimizer_of(network, optimizer=kind)
-                if name == "mean_squares" and name not in averages:     # as with muon_beta2 = 0
-                    optim.load_state(again, optimizer.state_dict())
-                else:
-                    with pytest.raises(UserError, match="no state of this optimizer that fits"):
-                        optim.load_state(again, optimizer.state_dict())
-                averages[name] = right
+    for averages in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            right, averages[name] = averages[name], change(averages[name])
+            again, _ = optimizer_of({}, optimizer="adamw")
+            with pytest.raises(UserError, match="no state of this optimizer that fits"):
+                optim.load_state(again, optimizer.state_dict())
+            averages[name] = right
     optim.load_state(again, optimizer.state_dict())
 
 
 @pytest.mark.parametrize("state", [
     {}, {"state": None}, {"state": {"a": 1}}, {"muon": {}}, {"muon": {"state": {}}, "adamw": 1},
-    {"state": {99: {}}}, {"muon": {"state": {}}}])
+    {"muon": {"state": {}}}])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_what_is_no_state_of_an_optimizer_is_one_sentence(kind, state):
     with pytest.raises(UserError, match="this checkpoint .* --init_from=FOLDER begins with"):
         optim.load_state(optimizer_of(optimizer=kind)[0], state)
-
-
-def test_averages_that_lie_in_memory_in_another_way_are_the_same_averages():
-    optimizer, model = optimizer_of({}, optimizer="adamw")
-    train(optimizer, model, range(1))
-    state = optimizer.state_dict()
-    for averages in state["state"].values():
-        averages["exp_avg"] = torch.zeros(1).expand(averages["exp_avg"].shape)   # one number
-    again, other = optimizer_of({}, optimizer="adamw")
-    optim.load_state(again, state)      # the fused kernel would read behind its end
-    assert train(again, other, range(2)).isfinite().all()

@@ -206,7 +206,6 @@ def test_a_used_folder_is_never_started_over_unasked(tiny, name):
 
 def test_the_old_run_stays_until_the_first_checkpoint_of_its_successor(tiny):
     run_tiny(max_iters=4)
-    Path("out/eval.json").write_text("{}")
     before = contents("out")
     # the new run fails before its first step, then before its first save, then it is killed
     sys.modules["wandb"] = None
@@ -225,7 +224,6 @@ def test_the_old_run_stays_until_the_first_checkpoint_of_its_successor(tiny):
     run_tiny(overwrite=True, max_iters=2, eval_interval=2)
     assert saved()["iter_num"] == 2 and max(step for step, _ in log()) == 2
     assert "max_iters = 2\n" in Path("out/config.py").read_text()
-    assert not Path("out/eval.json").exists()
 
 
 def test_a_resumed_run_keeps_its_micro_batches(tiny):
@@ -274,20 +272,6 @@ def test_a_folder_that_was_moved_away_is_made_again_and_still_locked(tiny):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 0
-
-
-def test_data_that_changes_under_a_run_is_noticed_before_it_saves(tiny):
-    process = start(tiny, max_iters=10**6, lr_decay_iters=10**6, save_minutes=0.0)
-    wait_for(process, "step 8/")
-    os.utime("data/letters/train.bin")              # the same text: nothing happens
-    wait_for(process, "step 30/")
-    data = np.memmap("data/letters/train.bin", np.uint16, "r+")
-    data[:] = data[::-1].copy()
-    data.flush()
-    os.utime("data/letters/train.bin")
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "train.bin was changed while the run read it" in out
-    assert saved()["iter_num"] >= 24
 
 
 def test_a_run_that_replaces_another_does_not_inherit_its_best_loss(tiny):

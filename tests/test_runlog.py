@@ -134,7 +134,6 @@ def test_a_line_that_is_not_ours_is_skipped(tiny):
     good = Path("out/log.jsonl").read_bytes()
     lines = good.splitlines()
     Path("out/log.jsonl").write_bytes(b"\n".join(BAD_LINES + lines + BAD_LINES))
-    Path("out/eval.json").write_bytes(b"\xff")
     assert read_log("out/log.jsonl") == [json.loads(line) for line in lines]
     run(plot, "out")
     run_tiny(init_from="resume")

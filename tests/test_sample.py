@@ -201,17 +201,17 @@ def test_interactive_continues_each_text_and_ctrl_c_stops_only_that(work, monkey
 
 @pytest.mark.parametrize("setting, sentence", [
     ("--top_p=0", "top_p = 0.0 must be above 0 and at most 1"),
-    ("--min_p=2", "min_p = 2.0 must be at most 1"),
-    ("--repetition_penalty=0", "repetition_penalty = 0.0 must be at least 1"),
-    ("--repetition_penalty=1e9", "repetition_penalty = 1000000000.0 must be at most 100"),
-    ("--temperature=0.001", "temperature = 0.001 must be at least 0.01"),
-    ("--temperature=-1", "temperature = -1.0 must be at least 0.01"),
-    ("--temperature=1e9", "temperature = 1000000000.0 must be at most 100"),
-    ("--top_k=-1", "top_k = -1 must be at least 0"),
-    ("--seed=-1", "seed = -1 must be at least 0"),
-    (f"--seed={2**63}", "seed = 9223372036854775808 must be at most 9,223,372,036,854,775,807"),
-    ("--num_samples=0", "num_samples = 0 must be at least 1"),
-    ("--max_new_tokens=10000000000", "max_new_tokens = 10000000000 must be at most 1,000,000,000"),
+    ("--min_p=2", "min_p = 2.0 must be from 0 to 1"),
+    ("--repetition_penalty=0", "repetition_penalty = 0.0 must be from 1 to"),
+    ("--repetition_penalty=1e9", "repetition_penalty = 1000000000.0 must be from 1 to 100"),
+    ("--temperature=0.001", "temperature = 0.001 must be from 0.01 to"),
+    ("--temperature=-1", "temperature = -1.0 must be from 0.01 to"),
+    ("--temperature=1e9", "temperature = 1000000000.0 must be from 0.01 to 100"),
+    ("--top_k=-1", "top_k = -1 must be from 0 to"),
+    ("--seed=-1", "seed = -1 must be from 0 to"),
+    (f"--seed={2**63}", "seed = 9223372036854775808 must be from 0 to 9,223,372,036,854,775,807"),
+    ("--num_samples=0", "num_samples = 0 must be from 1 to"),
+    ("--max_new_tokens=10000000000", "max_new_tokens = 10000000000 must be from 1 to"),
     ("--start=FILE:odd.txt", "'FILE:odd.txt' must name a text file in UTF-8: 'utf-16-le' codec"),
     ("--start=FILE:.", "'FILE:.' must name a text file in UTF-8: [Errno 21] Is a directory"),
     ("--start=FILE:gone.txt", "No such file or directory: 'gone.txt'"),
@@ -235,4 +235,4 @@ def test_the_extreme_settings_draw_tokens_too(written):
     save(small())
     for setting in ("--temperature=0.01", "--temperature=100", "--repetition_penalty=100",
                     "--top_k=2147483648", "--min_p=1", "--top_p=1e-30"):
-        assert "---- sample 2 ----" in written(setting, f"--seed={2**63 - 2}", "--num_samples=2")
+        assert "---- sample 2 ----" in written(setting, f"--seed={2**62}", "--num_samples=2")

@@ -79,7 +79,7 @@ def test_a_folder_with_characters_has_its_own_tokenizer(work):
 @pytest.mark.parametrize("content", [
     b"cbuiltins\nprint\n(S'this must not run'\ntR.", b"no pickle", b"", pickle.dumps([1]),
     pickle.dumps({"vocab_size": 4096}), pickle.dumps({"itos": {0: "ab"}, "stoi": {"ab": 0}}),
-    pickle.dumps({"itos": {1: "a"}, "stoi": {"a": 1}}), pickle.dumps({"itos": "ab", "stoi": {}}),
+    pickle.dumps({"itos": {1: "a"}, "stoi": {"a": 1}}),
     pickle.dumps({"itos": {0: 7}, "stoi": {7: 0}})])
 def test_a_meta_pkl_without_characters_is_one_sentence_and_runs_nothing(work, capsys, content):
     Path("meta.pkl").write_bytes(content)
