@@ -157,7 +157,8 @@ def plan_of(cfg, network, machine, known_tokens=None, past=None):
     """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits."""
     past = past or {}                   # the checkpoint of a run that goes on
     with torch.device("meta"):          # a model without memory, only to count its parameters
-        size = plan.Size.of(GPT(network))
+        model = GPT(network)
+    size = plan.Size(network, **model.count_parameters(), flops_per_token=model.flops_per_token())
     # how a micro-batch is computed: batch_size, chunk, recompute. A run that goes on keeps its own
     fit = memory.choose(cfg, size, machine, past.get("fit"))
     val_windows = cfg.eval_iters * (cfg.batch_size or TrainConfig.batch_size)
@@ -183,7 +184,7 @@ def recipe_advice(cfg, machine, known_tokens):
 def make_plan(cfg, network, saved, world):
     """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
     past = saved if resume.goes_on(cfg) else {}     # init_from: resume or FILE.pt
-    machine = cards.machine_of(world.device, world.dtype, world.size)
+    machine = cards.machine_of(world)
     cfg = resume.with_fitted_steps(cfg, past, world)        # what --hours chose before a resume
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
@@ -303,17 +304,17 @@ def with_less_memory(compute, batches, *args):
                             "which changes no result")
 
 
-def fit_to_hours(cfg, log, progress, world):
-    """`cfg` with as many steps as fit into its hours, at the speed that was measured."""
-    run_plan = log.measured_plan()
+def fit_to_hours(log):
+    """The run's cfg with as many steps as fit into its hours, at the measured speed."""
+    cfg, run_plan = log.cfg, log.measured_plan()
     seconds_left = 3600 * (cfg.hours - log.hours())
     steps = plan.steps_in(run_plan, seconds_left, run_plan.measured)
-    steps = world.gather(steps)[0]      # all ranks take those of the first one
-    cfg = plan.with_steps(cfg, steps, progress.step)
-    progress.fitted_hours = cfg.hours
+    steps = log.world.gather(steps)[0]      # all ranks take those of the first one
+    cfg = plan.with_steps(cfg, steps, log.progress.step)
+    log.progress.fitted_hours = cfg.hours
     log.follow(replace(run_plan, cfg=cfg))
-    world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
-                f"again:\n{plan.text(log.plan)}")
+    log.world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
+                    f"again:\n{plan.text(log.plan)}")
     return cfg
 
 
@@ -422,7 +423,7 @@ def main(cfg):
         progress.step += 1
         log.step(loss, lr, grad_norm, time.monotonic() - started)
         if log.just_measured and cfg.hours != progress.fitted_hours:
-            cfg = fit_to_hours(cfg, log, progress, world)
+            cfg = fit_to_hours(log)
 
     batches.close()
     log.close()

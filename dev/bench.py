@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import GPT, GPTConfig  # noqa: E402
 from onecard import cards, optim, plan, runtime  # noqa: E402
+from onecard.dataset import half  # noqa: E402
 from onecard.settings import configure_and_run  # noqa: E402
 from train import TrainConfig, forward_backward, plan_of  # noqa: E402
 
@@ -85,7 +86,7 @@ class Stepper:
         self.losses = []
         for _ in range(2):              # the first ones compile and make the optimizer's averages
             self.step()
-        self.peak = None
+        self.peak = 0                   # bytes; unknown on a CPU
         if world.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated() - resident
 
@@ -108,7 +109,7 @@ class Stepper:
         return self.n_tokens / (time.perf_counter() - started)
 
 
-def ours(cfg, world, fit, model_class=GPT):
+def ours(cfg, fit, model_class=GPT):
     """The model that train.py trains, as the plan computes a micro-batch."""
     model = model_class(GPTConfig.of(cfg))
     model.loss_chunk = fit.chunk
@@ -134,8 +135,7 @@ def plain_stepper(cfg, world):
             if cfg.batch_size == 1 or not runtime.is_out_of_memory(error):
                 raise
         runtime.free_memory(world.device)
-        batch_size = runtime.divisor(cfg.windows_per_step, cfg.batch_size // 2)
-        cfg = replace(cfg, batch_size=batch_size)
+        cfg = replace(cfg, batch_size=half(cfg.batch_size))
 
 
 def measure(name, stepper):
@@ -150,7 +150,7 @@ def measure(name, stepper):
 
 def planned(cfg, world):
     """The Plan of `cfg` on this machine."""
-    return plan_of(cfg, GPTConfig.of(cfg), cards.machine_of(world.device, world.dtype))
+    return plan_of(cfg, GPTConfig.of(cfg), cards.machine_of(world))
 
 
 def row_of(run_plan):
@@ -176,7 +176,7 @@ def main(cfg):
           f"{cfg.compile}: {cfg.n_layer} x {cfg.n_head} x {cfg.n_embd}, windows of "
           f"{cfg.block_size}, {ROUNDS} steps")
     # one after the other, as a card may have no room for both
-    speed = measure("ours", Stepper(ours(cfg, world, run_plan.fit), cfg, world))
+    speed = measure("ours", Stepper(ours(cfg, run_plan.fit), cfg, world))
     runtime.free_memory(world.device)
     plain_speed = measure("plain", plain_stepper(cfg, replace(world, dtype=plain_dtype)))
     run_plan = replace(run_plan, measured=speed)

@@ -7,7 +7,6 @@ By turns: a plain GPT-2 step as nanoGPT takes it, ours, ours without each of its
 as a captured CUDA graph. Prints tables, adds each row to dev/gpu.jsonl as soon as it is known, and
 exits with 1 if a promise is broken. A card of 12 GB shows the first two.
 """
-import gc
 import importlib.util
 import json
 import statistics
@@ -93,7 +92,7 @@ def gpt(stream_in_fp32=False):
 def variants_of(name, cfg, world, fit):
     """{variant: a function that makes its Stepper}"""
     def make(model_class=None, stepper=Stepper, **changes):
-        return stepper(ours(cfg, world, replace(fit, **changes), model_class or gpt()), cfg, world)
+        return stepper(ours(cfg, replace(fit, **changes), model_class or gpt()), cfg, world)
 
     variants = {PLAIN: lambda: plain_stepper(cfg, world),
                 "ours": make}
@@ -108,9 +107,9 @@ def variants_of(name, cfg, world, fit):
 
 
 def kernels(stepper):
-    """(milliseconds, number) of the kernels of one micro-batch; None where there is no GPU."""
+    """(milliseconds, number) of the kernels of one micro-batch; 0 where there is no GPU."""
     if stepper.world.device.type != "cuda":
-        return None, None
+        return 0, 0
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiled:
         stepper.gradients()
@@ -124,8 +123,7 @@ def kernels(stepper):
 def measure(name, cfg, world, keep, rounds):
     """The rows of one table, as dicts; `keep` gets each one early."""
     run_plan = planned(cfg, world)
-    fit = run_plan.fit
-    cfg = replace(cfg, batch_size=fit.batch_size)
+    cfg, fit = run_plan.cfg, run_plan.fit       # its batch_size is above 0
     rows, steppers = [], []
     torch._dynamo.reset()               # the loss is compiled for at most eight shapes
     for variant, make in variants_of(name, cfg, world, fit).items():
@@ -139,7 +137,7 @@ def measure(name, cfg, world, keep, rounds):
             keep(row | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
             runtime.free_memory(world.device)
             continue
-        row |= {"peak_gib": (stepper.peak or 0) / 2**30, "grad_norm": stepper.losses[0][1]}
+        row |= {"peak_gib": stepper.peak / 2**30, "grad_norm": stepper.losses[0][1]}
         steppers.append(stepper)
         rows.append(row)
     speeds = [[stepper.step() for stepper in steppers] for _ in range(rounds)]
@@ -156,7 +154,7 @@ def print_table(rows):
           f"{'loss':>9}{'norm':>9}")
     for row in rows:
         print(f"{row['variant']:24}{row['tokens_per_s']:10,.0f}{row['micro_ms']:10.2f}"
-              f"{row['kernel_ms'] or 0:11.2f}{row['kernels'] or 0:9.0f}{row['peak_gib']:10.2f}"
+              f"{row['kernel_ms']:11.2f}{row['kernels']:9.0f}{row['peak_gib']:10.2f}"
               f"{row['losses'][0]:9.4f}{row['grad_norm']:9.4f}", flush=True)
 
 
@@ -252,8 +250,7 @@ def main(cfg):
     for name, c in configs.items():
         print(f"\n{name}: {c.n_layer} x {c.n_head} x {c.n_embd}")
         rows = measure(name, c, world, keep, rounds)
-        gc.collect()                    # its models
-        runtime.free_memory(world.device)
+        runtime.free_memory(world.device)       # of its models
         print_table(rows)
         promises += promises_of(name, rows, on_gpu)
     print()

@@ -31,7 +31,7 @@ def row(recipe, name):
     cells = [recipe, f"{machine.card.memory_mib / 1024:.0f} GB ({name})",
              f"{fit.batch_size} x {cfg.block_size}", f"{fit.chunk:,}", recompute,
              f"{planned.peak_memory / 2**30:.1f} of {machine.room / 2**30:.1f}",
-             plan.period(plan.seconds(planned, fast)[1], plan.seconds(planned, slow)[1])]
+             plan.period(plan.seconds(planned, fast), plan.seconds(planned, slow))]
     return f"| {' | '.join(cells)} |"
 
 

@@ -80,22 +80,19 @@ def usual_share(card, n_embd, tokens):
 
     `n_embd` is the model's width, `tokens` are those of a micro-batch.
     """
-    similar = [other for other in CARDS.values()
-               if other.logs and 0.8 < other.bytes_per_flop / card.bytes_per_flop < 1.25]
-    (low, high), source = UNKNOWN, "a wide guess: there are no logs of such cards"
-    narrowest = 0                       # width of a model in these logs
+    logged = [other for other in CARDS.values()
+              if other.logs and 0.8 < other.bytes_per_flop / card.bytes_per_flop < 1.25]
+    margin, source = LIKE_MARGIN, "by logs of cards with as many bytes a FLOP"
     if card.logs:
-        widths = [width for width, _ in card.logs]
-        narrowest = widths[0]
-        low, high = (margin * card.logged(n_embd) for margin in OWN_MARGIN)
-        source = f"by logs of this card at {' and '.join(map(str, widths))} wide"
-    elif similar:
-        shares = [other.logged(n_embd) for other in similar]
-        narrowest = min(other.logs[0][0] for other in similar)
-        low, high = LIKE_MARGIN[0] * min(shares), LIKE_MARGIN[1] * max(shares)
-        source = "by logs of cards with as many bytes a FLOP"
-    if n_embd < narrowest:              # narrower models wait for memory and for launches
-        low *= n_embd / narrowest
+        widths = " and ".join(str(width) for width, _ in card.logs)
+        logged, margin, source = [card], OWN_MARGIN, f"by logs of this card at {widths} wide"
+    if logged:
+        shares = [other.logged(n_embd) for other in logged]
+        low, high = margin[0] * min(shares), margin[1] * max(shares)
+        narrowest = min(other.logs[0][0] for other in logged)
+        low *= min(n_embd / narrowest, 1)       # narrower models wait for memory and for launches
+    else:
+        (low, high), source = UNKNOWN, "a wide guess: there are no logs of such cards"
     if tokens < 6000:                   # logs show 40 to 49 % of the peak; of larger ones, 74 %
         low *= 0.6
     return low, min(high, UNKNOWN[1]), source
@@ -103,15 +100,8 @@ def usual_share(card, n_embd, tokens):
 
 def find(name):
     """The Card of a device's name, or None. Laptop and cut-down cards have names of their own."""
-    name = without_maker(name)
+    name = name.lower().removeprefix("nvidia ").removeprefix("geforce ").removeprefix("tesla ")
     return CARDS.get(name) or CARDS.get(f"rtx {name}")
-
-
-def without_maker(name):
-    name = name.lower()
-    for word in ("nvidia ", "geforce ", "tesla "):
-        name = name.removeprefix(word)
-    return name
 
 
 @dataclass(frozen=True)
@@ -127,27 +117,28 @@ class Machine:
 
     @property
     def peak_flops(self):
-        """Dense FLOP/s of one device, or None."""
+        """Dense FLOP/s of all devices together, or None."""
         if self.card is None or self.dtype is torch.float32:
             return None
-        return self.card.tflops * 1e12
+        return self.count * self.card.tflops * 1e12
 
 
-def machine_of(device, dtype, count=1):
+def machine_of(world):
     """This Machine, with the memory that is free now."""
+    device = world.device
     name, room, held = runtime.device_name(device), runtime.free_bytes(device), 0
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         held = max(total - room - CONTEXT_BYTES, 0)
         room -= KERNEL_BYTES
-    return Machine(name, device.type, dtype, room, find(name), count, held)
+    return Machine(name, device.type, world.dtype, room, find(name), world.size, held)
 
 
 def machine_named(name, dtype):
     """The Machine with a card that a user names, as 'RTX 4070'. Nothing else is on the card."""
     card = find(name)
     if not card:
-        nearest = difflib.get_close_matches(without_maker(name), CARDS, n=3, cutoff=0.3) or CARDS
+        nearest = difflib.get_close_matches(name.lower(), CARDS, n=3, cutoff=0.3) or CARDS
         raise UserError(f"device_name = {name!r} is not in the table of cards; nearest: "
                         f"{', '.join(nearest)}")
     room = VISIBLE * card.memory_mib * 2**20 - CONTEXT_BYTES - KERNEL_BYTES

@@ -18,7 +18,7 @@ import torch
 from onecard import datafiles, documents
 from onecard.datafiles import folder_of
 from onecard.files import sha256
-from onecard.runtime import PROJECT, divisor
+from onecard.runtime import PROJECT
 from onecard.settings import UserError
 from onecard.tokenizer import END_OF_TEXT
 
@@ -166,7 +166,12 @@ class Batches:
             raise UserError(f"out of memory with {self.size} windows at a time, "
                             f"{self.world.device}. A smaller block_size, n_layer or n_embd fits"
                             " (or batch_size, on several GPUs)")
-        self.size = divisor(self.size, self.size // 2)
+        self.size = half(self.size)
+
+
+def half(n):
+    """The largest divisor of `n` that is at most its half."""
+    return next(d for d in range(n // 2, 0, -1) if n % d == 0)
 
 
 def fixed_batches(data, n_windows, batch_size, world):

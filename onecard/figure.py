@@ -10,7 +10,6 @@ from onecard.settings import UserError
 # colour-blind people can tell these apart (Okabe and Ito 2008); the dashes help in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
-LARGEST = 1e15                          # matplotlib fails at numbers that are much larger
 
 
 def draw(logs, path):
@@ -31,18 +30,15 @@ def make_figure(logs):
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[5, 1])
-    late_losses = []                    # without the first tenth, which is steep
+    late_losses = []
     for i, (name, entries) in enumerate(logs.items()):
         name = name.replace("$", r"\$")     # else it begins a formula
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-        means, val_losses = draw_run(axes, name, entries, style)
-        late_losses.extend(means[len(means) // 10:])
-        late_losses.extend(val_losses[len(val_losses) // 10:])
+        late_losses.extend(draw_run(axes, name, entries, style))
     low, high = min(late_losses), max(late_losses)
     margin = 0.05 * max(high - low, 0.1)
     axes[0, 0].set(ylabel="loss, nats a token", ylim=(low - margin, high + margin))
-    axes[1, 0].set(ylabel="learning rate", xlabel="tokens")
-    axes[1, 0].set_ylim(bottom=0)
+    axes[1, 0].set(ylabel="learning rate", xlabel="tokens", ylim=(0, None))
     axes[1, 0].xaxis.set_major_formatter(EngFormatter())    # 500 M, 1 G
     axes[1, 1].set(xlabel="hours")
     axes[0, 1].legend(loc="upper right", fontsize=8)
@@ -53,11 +49,11 @@ def make_figure(logs):
 
 
 def draw_run(axes, name, entries, style):
-    """Draw a run into all four axes; return the smoothed training losses and the val losses."""
+    """Draw a run into all four axes; return its losses without the first tenth, which is steep."""
     # at step 0 the model has learned nothing: its loss is far above all others
     entries = [entry for entry in entries if entry["step"] > 0]
-    train = [entry for entry in entries if is_drawable(entry.get("train_loss"))]
-    val = [entry for entry in entries if is_drawable(entry.get("val_loss"))]
+    train = [entry for entry in entries if entry.get("train_loss") is not None]
+    val = [entry for entry in entries if entry.get("val_loss") is not None]
     if not train:
         raise UserError(f"{name}/log.jsonl holds no loss yet; the first step takes some minutes")
     # evaluations have no tokens
@@ -72,17 +68,12 @@ def draw_run(axes, name, entries, style):
             axes[0, j].plot(val_x, val_losses, **style, linewidth=2, marker="o", markersize=4,
                             label=f"{name}, val, best {val_losses.min():.3f}")
         axes[1, j].plot(x, column(train, "lr"), **style)
-    return means, val_losses
-
-
-def is_drawable(number):
-    return number is not None and abs(number) < LARGEST     # nan is not, either
+    return [*means[len(means) // 10:], *val_losses[len(val_losses) // 10:]]
 
 
 def column(entries, key):
     """The numbers of `key`; nan, which matplotlib leaves out, where there is none."""
-    numbers = [entry.get(key) for entry in entries]
-    return np.array([x if is_drawable(x) else np.nan for x in numbers], dtype=float)
+    return np.array([entry.get(key) for entry in entries], dtype=float)
 
 
 def smoothed(losses):

@@ -9,14 +9,12 @@ bytes, which is 2 in bf16 and fp16. `c` is the GPTConfig of the network, `size` 
 """
 import math
 from dataclasses import asdict, dataclass
-from itertools import product
 
 import torch
 
 from onecard.loss import SMALLEST_CHUNK
 
 FRAGMENTATION = 1.05                    # what CUDA's allocator holds, of what is alive (H100: 1.03)
-MAX_WINDOWS = 2**12                     # no larger micro-batch is tried
 MAX_TOKENS = {"cuda": 2**16, "mps": 2**13, "cpu": 2**13}    # of a micro-batch; more is no faster
 # bytes that an RTX 4070 really moves while it computes one FLOP: 454 GB/s, 37 TFLOP/s
 BYTES_PER_FLOP = 1 / 80
@@ -38,9 +36,10 @@ def choose(cfg, size, machine, saved=None):
     dict) if that has room: another one gives other rounding errors.
     """
     batch_sizes = [cfg.batch_size]
-    if cfg.batch_size == 0:
+    if cfg.batch_size == 0:             # all that divide a step
+        windows = max(cfg.windows_per_step // machine.count, 1)
         most = max(MAX_TOKENS[machine.kind] // cfg.block_size, 1)
-        batch_sizes = [B for B in divisors(cfg, machine) if B <= most]
+        batch_sizes = [B for B in range(1, min(windows, most) + 1) if windows % B == 0]
     fits = [fit for B in batch_sizes for fit in fits_of(cfg, B)]
     memory = {fit: needed(cfg, size, machine, fit) for fit in fits}
     traffics = {fit: traffic(cfg, size, fit) for fit in fits if memory[fit] <= machine.room}
@@ -53,19 +52,6 @@ def choose(cfg, size, machine, saved=None):
     return min(fits, key=memory.get)
 
 
-def largest_batch(cfg, size, machine):
-    """Windows in the largest micro-batch that fits and divides a step; 0 if not even one fits."""
-    fitting = [B for B in divisors(cfg, machine)
-               if any(needed(cfg, size, machine, fit) <= machine.room for fit in fits_of(cfg, B))]
-    return max(fitting, default=0)
-
-
-def divisors(cfg, machine):
-    """The micro-batches, in windows, that divide a step."""
-    windows = max(cfg.windows_per_step // machine.count, 1)
-    return [B for B in range(1, min(windows, MAX_WINDOWS) + 1) if windows % B == 0]
-
-
 def fits_of(cfg, batch_size):
     """Every way to compute micro-batches of `batch_size` windows."""
     tokens = batch_size * cfg.block_size
@@ -76,7 +62,7 @@ def fits_of(cfg, batch_size):
     recomputes = {"auto": (False, True), "no": (False,), "yes": (True,)}[cfg.recompute]
     if not cfg.compile:
         recomputes = (False,)
-    return [Fit(batch_size, *choice) for choice in product(chunks, recomputes)]
+    return [Fit(batch_size, chunk, recompute) for chunk in chunks for recompute in recomputes]
 
 
 def traffic(cfg, size, fit):

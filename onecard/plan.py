@@ -29,12 +29,6 @@ class Size:
     blocks: int                         # parameters of blocks and norms
     flops_per_token: float              # of forward and backward
 
-    @classmethod
-    def of(cls, model):
-        """The Size of a GPT, which may be on the meta device."""
-        n = model.count_parameters()
-        return cls(model.config, n["total"], n["blocks"], model.flops_per_token())
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,7 +47,6 @@ class Plan:
 
     @property
     def steps_left(self):
-        """Steps that are left."""
         return max(self.cfg.max_iters - self.steps_before, 0)
 
     @property
@@ -61,7 +54,7 @@ class Plan:
         """Tokens a second of all processes at the cards' dense peak, or None if it is unknown."""
         if self.machine.peak_flops is None:
             return None
-        return self.machine.count * self.machine.peak_flops / self.size.flops_per_token
+        return self.machine.peak_flops / self.size.flops_per_token
 
     @property
     def speeds(self):
@@ -118,16 +111,15 @@ def tokens_worth(effective, unique):
 
 
 def seconds(plan, speed):
-    """Seconds of a step, and of all that is left, at `speed` tokens a second."""
-    cfg = plan.cfg
-    step = plan.tokens_per_step / speed
-    n_evaluations = cfg.max_iters // cfg.eval_interval - plan.steps_before // cfg.eval_interval
-    n_evaluations = max(n_evaluations, 0)       # a run may be longer than max_iters already
-    if plan.steps_left and cfg.max_iters % cfg.eval_interval:
-        n_evaluations += 1              # at the last step
+    """Seconds of all that is left, at `speed` tokens a second."""
+    if plan.steps_left == 0:
+        return 0
+    interval = plan.cfg.eval_interval
+    n_evaluations = math.ceil(plan.cfg.max_iters / interval) - plan.steps_before // interval
     if plan.steps_before == 0:
-        n_evaluations += 1              # before the first one
-    return step, plan.steps_left * step + n_evaluations * evaluation_seconds(plan, speed)
+        n_evaluations += 1              # before the first step
+    of_steps = plan.steps_left * plan.tokens_per_step / speed
+    return of_steps + n_evaluations * evaluation_seconds(plan, speed)
 
 
 def evaluation_seconds(plan, speed):
@@ -155,9 +147,7 @@ def with_steps(cfg, max_iters, step):
     if cfg.lr_schedule == "wsd" and cfg.cooldown < 1:
         fewest = math.ceil(fewest / (1 - cfg.cooldown)) + 1     # cooldown: the last share of them
     max_iters = max(max_iters, fewest)
-    if cfg.lr_schedule == "cosine":
-        return replace(cfg, max_iters=max_iters, lr_decay_iters=max_iters)
-    return replace(cfg, max_iters=max_iters)
+    return replace(cfg, max_iters=max_iters, lr_decay_iters=max_iters)     # wsd does not read it
 
 
 def disk(plan):
@@ -180,8 +170,14 @@ def refusals(plan):
     cfg, machine, sentences = plan.cfg, plan.machine, []
     if plan.peak_memory > machine.room:
         nearest = "not even one window fits: a smaller block_size, n_layer or n_embd is needed"
-        if batch := memory.largest_batch(cfg, plan.size, machine):
-            nearest = f"{batch_settings(cfg, batch)} fits and gives the same steps"
+        any_size = replace(cfg, batch_size=0, tokens_per_step=plan.tokens_per_step)
+        fit = memory.choose(any_size, plan.size, machine)
+        if memory.needed(any_size, plan.size, machine, fit) <= machine.room:
+            nearest = f"--batch_size={fit.batch_size}"
+            if not cfg.tokens_per_step:
+                n = cfg.windows_per_step // fit.batch_size
+                nearest += f" --gradient_accumulation_steps={n}"
+            nearest += " fits and gives the same steps"
         sentences.append(f"batch_size = {cfg.batch_size} needs {gib(plan.peak_memory)} of memory, "
                          f"and {machine.name} has room for {gib(machine.room)}; {nearest}")
     to_come, free = disk(plan)
@@ -263,14 +259,13 @@ def time_lines(plan):
     if plan.speeds is None:
         return [f"time       not known for this machine before 20 steps ({tflop} TFLOP each)"]
     slow, fast = plan.speeds
-    longest_step, longest = seconds(plan, slow)
-    shortest_step, shortest = seconds(plan, fast)
-    step, total = period(shortest_step, longest_step), period(shortest, longest)
+    step = period(plan.tokens_per_step / fast, plan.tokens_per_step / slow)
+    total = period(seconds(plan, fast), seconds(plan, slow))
     line = f"{total}: {plan.steps_left:,} steps of {step} ({tflop} TFLOP) and the evaluations"
     if plan.measured:
         return [f"time       {line}, at {fast:,.0f} tokens/s as measured"]
     lowest, highest = slow / plan.peak_speed, fast / plan.peak_speed
-    peak = number(plan.machine.count * plan.machine.peak_flops / 1e12)
+    peak = number(plan.machine.peak_flops / 1e12)
     source = plan.usual_share[2]
     return [f"time       predicted {line}",
             f"           {slow:,.0f} to {fast:,.0f} tokens/s: {lowest:.0%} to {highest:.0%} of "
@@ -286,13 +281,6 @@ def hours_lines(plan):
     hours = f"{plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps = {tokens} tokens"
     return [f"hours      {hours}",
             "           after 20 steps, max_iters is set to what fits (2 % are kept for saving)"]
-
-
-def batch_settings(cfg, batch):
-    """What to set for micro-batches of `batch` windows and the same tokens a step."""
-    if cfg.tokens_per_step:
-        return f"--batch_size={batch}"
-    return f"--batch_size={batch} --gradient_accumulation_steps={cfg.windows_per_step // batch}"
 
 
 def number(x):

@@ -61,7 +61,6 @@ class RunLog:
         self.path = self.out_dir / "log.jsonl"
         self.first_step, self.hours_before = progress.step, progress.hours
         self.started = time.monotonic()
-        self.seconds, self.n_timed = 0.0, 0     # of steps since the last line of log.jsonl
         self.recent = deque(maxlen=200)     # seconds of the last steps
         self.slow_seconds, self.said_slow = 0.0, False
         self.drawn = self.started           # when the last loss.png was drawn
@@ -152,8 +151,7 @@ class RunLog:
         if self.progress.holds_old_run or self.progress.step == self.first_step:
             return                          # no step of this run is in the log
         try:
-            entries = read_log(self.path)
-            figure.draw({str(self.out_dir): entries}, self.out_dir / "loss.png")
+            figure.draw({str(self.out_dir): read_log(self.path)}, self.out_dir / "loss.png")
         except ModuleNotFoundError:
             pass
         except Exception as error:
@@ -163,7 +161,6 @@ class RunLog:
         """Report a step that took so many seconds."""
         step = self.progress.step
         if step > self.first_step + 1:      # the first step compiles: its time says nothing
-            self.seconds, self.n_timed = self.seconds + seconds, self.n_timed + 1
             self.recent.append(seconds)
         if not self.is_open:
             return
@@ -173,8 +170,8 @@ class RunLog:
         tokens, rate, mfu = step * self.plan.tokens_per_step, None, None
         epoch = tokens / self.tokens_per_epoch
         numbers = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "epoch": f"{epoch:.2f}"}
-        if self.n_timed:
-            rate = self.n_timed * self.plan.tokens_per_step / self.seconds
+        if self.recent:
+            rate = self.measured_plan().measured
             numbers["tok/s"] = f"{rate:,.0f}"
         if rate and self.plan.peak_speed:
             mfu = rate / self.plan.peak_speed
@@ -187,12 +184,11 @@ class RunLog:
         self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu})
         if self.bar.disable and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
             if rate:
-                seconds_left = (self.cfg.max_iters - step) * self.plan.tokens_per_step / rate
+                seconds_left = plan.seconds(self.measured_plan(), rate)
                 numbers["left"] = tqdm.format_interval(seconds_left)
             line = ", ".join(f"{name} {number}" for name, number in numbers.items())
             print(f"step {step:,}/{self.cfg.max_iters:,}: {line}")
             self.printed = time.monotonic()
-        self.seconds, self.n_timed = 0.0, 0
 
     @property
     def just_measured(self):
@@ -215,11 +211,11 @@ class RunLog:
         """Log the measured speed; say it if the plan had none, or is off by over a tenth."""
         run_plan = self.measured_plan()
         measured = run_plan.measured
-        predicted = self.plan.speeds or (None, None)
+        predicted = self.plan.speeds    # (lowest, highest), or None
         self.write(event="measured", measured_tokens_per_s=measured,
                    predicted_tokens_per_s=predicted)
-        if None in predicted or not 0.9 * predicted[0] < measured < 1.1 * predicted[1]:
-            _, total = plan.seconds(run_plan, measured)
+        if not predicted or not 0.9 * predicted[0] < measured < 1.1 * predicted[1]:
+            total = plan.seconds(run_plan, measured)
             end = time.strftime("%A %d %B, %H:%M", time.localtime(time.time() + total))
             self.world.print(f"measured   {measured:,.0f} tokens/s: "
                              f"{plan.period(total, total)} from here, until {end}")

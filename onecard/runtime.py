@@ -70,8 +70,7 @@ class World:
 
     def wait(self):
         """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
+        self.gather(None)
 
     def close(self):
         if self.size > 1:
@@ -156,19 +155,16 @@ def pick_device(name="auto"):
                "cpu": True}
     if name == "auto":
         name = next(kind for kind in is_here if is_here[kind])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in is_here:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
         raise UserError(f"device = {name!r}: use auto, cuda, cuda:1, mps or cpu")
-    if device.type == "cuda" and device.index:
+    device = torch.device(name)
+    if device.index:
         is_here["cuda"] = device.index < torch.cuda.device_count()
     if not is_here[device.type]:
         raise UserError(f"device = {name!r}: torch {torch.__version__} sees no such device here. "
                         "--device=auto takes what there is; for an NVIDIA card "
                         "install torch's CUDA build (pytorch.org/get-started)")
-    if device.type == "cuda" and device.index is not None:
+    if device.index is not None:
         torch.cuda.set_device(device)       # a graph and a count of memory are of the current one
     return device
 
@@ -219,10 +215,8 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":")[1].strip()
+    if cpuinfo.is_file() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        name = found[1].strip()
     return f"{name} ({device.type}, {torch.get_num_threads()} threads)"
 
 
@@ -236,28 +230,21 @@ def free_bytes(device):
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return math.inf
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
-    return kib["MemAvailable"] * 1024
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
 
 
 def is_out_of_memory(error):
     """Whether memory is used up: CUDA has a type for it, MPS and CPUs only words."""
     words = "out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(phrase in str(error) for phrase in words)
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or any(phrase in str(error) for phrase in words)
 
 
 def free_memory(device):
     """Give the memory of dropped tensors back to the device."""
     gc.collect()
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).empty_cache()
-
-
-def divisor(n, limit):
-    """The largest divisor of `n` that is at most `limit`."""
-    return next(d for d in range(min(n, int(limit)), 0, -1) if n % d == 0)
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def stop_event():

@@ -7,6 +7,7 @@ import torch
 from model import GPT, GPTConfig
 from onecard import cards
 from onecard.cards import CARDS, machine_named
+from onecard.runtime import World
 from onecard.settings import UserError
 
 
@@ -70,7 +71,6 @@ def test_a_range_is_wider_where_less_is_known():
 
 
 def test_this_machine_has_room_and_no_more_than_its_memory():
-    cpu = torch.device("cpu")
-    machine = cards.machine_of(cpu, torch.float32)
+    machine = cards.machine_of(World(torch.device("cpu")))
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine.kind == "cpu" and 0 < machine.room <= total and machine.peak_flops is None

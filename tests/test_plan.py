@@ -163,21 +163,6 @@ def test_planned_memory_is_0_to_10_percent_above_a_traced_step(
     assert 1 <= plan_of(cfg, fit=memory.Fit(*fit)).peak_memory / GIB / traced <= 1.10
 
 
-def min_fit(cfg, batch_size):
-    return memory.Fit(batch_size, math.ceil(batch_size * cfg.block_size / 128) * 128, True)
-
-
-@pytest.mark.parametrize("network, optimizer, count", [({}, "adamw", 1), (MODERN, "muon", 2)])
-def test_the_largest_batch_fits_and_the_next_divisor_does_not(network, optimizer, count):
-    cfg = small(**network, optimizer=optimizer, gradient_accumulation_steps=12)     # 48 windows
-    size, divisors = size_of(cfg), [B for B in range(1, 49) if 48 // count % B == 0]
-    for smaller, B in zip([0, *divisors], divisors, strict=False):
-        machine = replace(GPU, count=count)
-        room = memory.needed(cfg, size, machine, min_fit(cfg, B))
-        machines = [replace(machine, room=r) for r in (room, room - 1)]
-        assert [memory.largest_batch(cfg, size, m) for m in machines] == [B, smaller]
-
-
 FREE = dict(batch_size=0, block_size=1024, tokens_per_step=2**18, vocab_size=50304)
 
 
@@ -275,7 +260,7 @@ def test_time_is_flops_over_a_share_of_the_peak():
     seen = sum(range(1, 65)) / 64               # tokens that a token sees, on average
     flops = (6 * matrices + 3 * 2 * 2 * 64 * 3 * seen) * 4 * 6 * 64
     slow, fast = plan_of(cfg, CARD).speeds
-    step, run = plan.seconds(plan_of(cfg, CARD), fast)
+    step, run = 4 * 6 * 64 / fast, plan.seconds(plan_of(cfg, CARD), fast)
     assert step == pytest.approx(flops / 50e12 / 0.66, rel=0.01)    # 0.6 at 64 wide, 10 % more
     assert fast == pytest.approx(slow * 1.1 / 0.9 / 0.6)            # micro-batches of 256 tokens
     assert run == pytest.approx(100 * step + 5 * step * 5 * 4 / 24 / 3)     # evaluations: 0, 30, ..
@@ -292,7 +277,7 @@ def test_a_plan_for_a_minute_says_how_short_a_schedule_can_be():
 
 def test_a_run_that_is_behind_its_end_has_no_time_left():
     planned = replace(plan_of(small(max_iters=1000, eval_interval=250), CARD), steps_before=2000)
-    assert plan.seconds(planned, 1e5)[1] == 0
+    assert plan.seconds(planned, 1e5) == 0
 
 
 def test_numbers_have_three_digits():
@@ -306,14 +291,14 @@ def test_a_plan_for_some_hours_says_how_many_steps_they_are():
     for steps, speed in zip((fewest, most), planned.speeds, strict=True):
         steps = int(steps.replace(",", ""))
         as_long = replace(planned, cfg=replace(planned.cfg, max_iters=steps))
-        assert plan.seconds(as_long, speed)[1] == pytest.approx(0.98 * 7200, rel=0.01)
+        assert plan.seconds(as_long, speed) == pytest.approx(0.98 * 7200, rel=0.01)
 
 
 @pytest.mark.parametrize("before, evaluations", [(0, 5), (1, 4), (60, 2), (61, 2), (100, 0)])
 def test_a_resumed_run_plans_what_is_left_at_the_speed_it_had(before, evaluations):
     resumed = plan_of(small(), CARD, steps_before=before, measured=1536.0)
     assert plan.seconds(resumed, 1536.0) == pytest.approx(
-        (1.0, 100 - before + evaluations * 5 * 4 / 24 / 3))
+        100 - before + evaluations * 5 * 4 / 24 / 3)
     assert "at 1,536 tokens/s as measured" in plan.text(resumed)
 
 
