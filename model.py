@@ -337,7 +337,7 @@ class GPT(nn.Module):
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A trained model, ready for use."""
     model: GPT                          # on the CPU
     label: str                          # to print
@@ -346,11 +346,11 @@ class Opened:
 
 
 def open_model(name):
-    """The Opened model of a run's folder, a .pt file or a pretrained one; see checkpoint.read()."""
+    """The model of a run's folder, a .pt file or a pretrained one; see checkpoint.read()."""
     parts, label = checkpoint.read(name)
     model, vocabulary = GPT.from_checkpoint(parts), tokenizer.of_checkpoint(parts)
     if isinstance(vocabulary, tokenizer.UnknownTokenizer):
         raise UserError(f"{label}: its {model.config.vocab_size:,} ids are neither GPT-2's nor "
                         "characters of a known dataset, so they cannot become text. For nanoGPT's "
                         "characters, the folder with their meta.pkl must be under data/")
-    return Opened(model, label, vocabulary, str(parts.get("config", {}).get("dataset", "")))
+    return OpenedModel(model, label, vocabulary, str(parts.get("config", {}).get("dataset", "")))

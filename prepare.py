@@ -20,7 +20,7 @@ from tqdm import tqdm
 from onecard import datafiles, documents, encoder, samples
 from onecard.files import sha256
 from onecard.settings import UserError, configure_and_run, in_range, one_of
-from onecard.split import val_limit
+from onecard.split import val_hash_limit
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def write_splits(files, cfg, writers, bar):
     """Encode all documents into the two splits. Returns what was counted on the way."""
     counts, val_hashes, limit = Counter(), np.zeros(0, np.uint64), 0
     if not cfg.val:
-        limit = val_limit(files["train"], cfg)
+        limit = val_hash_limit(files["train"], cfg)
     for batch in encoder.encode(documents.batches(files["val"], cfg.text_column, counts), cfg):
         val_hashes = np.append(val_hashes, batch.hashes)
         writers["val"].add(batch, np.ones(len(batch.hashes), bool))

@@ -12,7 +12,7 @@ from onecard import plan
 
 RECIPES = "64m", "evening", "overnight", "week"     # config/train_fineweb_4070_*.py
 MARGIN = 0.06                           # of a predicted loss, above and below
-LEAST = 0.1e9                           # tokens; the formula is not made for fewer
+FEWEST_TOKENS = 0.1e9                   # the formula is not made for fewer
 
 
 def predicted_loss(blocks, tokens, unique):
@@ -40,7 +40,8 @@ def is_possible(recipe, hours):
     fewest_steps = plan.with_steps(recipe.cfg, max_iters=0, step=0).max_iters
     shortest = fewest_steps * recipe.tokens_per_step
     has_room = recipe.peak_memory <= recipe.machine.room
-    return has_room and recipe.data.train >= LEAST and tokens >= max(shortest, LEAST)
+    has_text = recipe.data.train >= FEWEST_TOKENS
+    return has_room and has_text and tokens >= max(shortest, FEWEST_TOKENS)
 
 
 def text(recipes, hours):

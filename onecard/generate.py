@@ -53,7 +53,7 @@ class KVCache:
 
     def clear(self):
         self.n_read.zero_()
-        self.visible = self.k.size(3) if self.fixed_shapes else 0       # places to look at
+        self.n_visible = self.k.size(3) if self.fixed_shapes else 0       # places to look at
 
     def advance(self, T):
         """Make room for T more tokens; return their positions (T,). Once, before all layers."""
@@ -61,10 +61,10 @@ class KVCache:
         self.n_read += T
         self.mask = None                # a single token may look at all visible places
         if not self.fixed_shapes:
-            self.visible += T
-            assert self.visible <= self.k.size(3), f"a cache for {self.k.size(3)} tokens is full"
+            self.n_visible += T
+            assert self.n_visible <= self.k.size(3), f"a cache for {self.k.size(3)} tokens is full"
         if T > 1 or self.fixed_shapes:
-            places = torch.arange(self.visible, device=self.n_read.device)
+            places = torch.arange(self.n_visible, device=self.n_read.device)
             self.mask = places <= self.positions[:, None]                     # (T, visible)
         return self.positions
 
@@ -73,7 +73,7 @@ class KVCache:
         keys, values = self.k[layer], self.v[layer]
         keys.index_copy_(2, self.positions, k)
         values.index_copy_(2, self.positions, v)
-        return keys[:, :, :self.visible], values[:, :, :self.visible]
+        return keys[:, :, :self.n_visible], values[:, :, :self.n_visible]
 
 
 class Sampler:

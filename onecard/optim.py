@@ -29,10 +29,10 @@ def configure_optimizer(model, cfg, dtype):
                   {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, **usual)
     else:
-        product_dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+        muon_dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         muon = Muon(muon_groups(model), {
             "lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": cfg.momentum,
-            "beta2": cfg.muon_beta2, "cautious": cfg.cautious, "dtype": product_dtype})
+            "beta2": cfg.muon_beta2, "cautious": cfg.cautious, "dtype": muon_dtype})
         adamw = torch.optim.AdamW(adamw_groups(model, cfg), eps=ADAM_EPS, **usual)
         optimizer = MuonAndAdamW(muon, adamw)
     for group in optimizer.param_groups:
@@ -165,8 +165,8 @@ def equalize(U, state, beta2):
     Each output (or input, if there are more of these) is divided by the root of its running mean
     square. The size of the whole matrix stays (NorMuon, Li et al. 2025, arXiv 2510.05491).
     """
-    narrow = 2 if U.size(1) >= U.size(2) else 1
-    squares = U.square().mean(narrow, keepdim=True)                 # (N, m, 1) or (N, 1, n)
+    mean_dim = 2 if U.size(1) >= U.size(2) else 1
+    squares = U.square().mean(mean_dim, keepdim=True)               # (N, m, 1) or (N, 1, n)
     mean_squares = state.setdefault("mean_squares", torch.zeros_like(squares))
     mean_squares.lerp_(squares, 1 - beta2)
     size = U.norm(dim=(1, 2), keepdim=True)                                   # (N, 1, 1)

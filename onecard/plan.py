@@ -245,8 +245,9 @@ def memory_lines(plan):
         if plan.cfg.tokens_per_step:
             line += "; batch_size = 0 chooses less then"
         lines.append(line)
-    if plan.machine.held > GIB / 2:
-        lines.append(f"           other programs hold {gib(plan.machine.held)} of this card")
+    if plan.machine.held_by_others > GIB / 2:
+        held = gib(plan.machine.held_by_others)
+        lines.append(f"           other programs hold {held} of this card")
     if plan.cfg.compile:
         recompute = "yes (smaller, 2 % slower)" if plan.fit.recompute else "no"
         lines.append(f"           recompute: {recompute}; logits of {plan.fit.chunk:,} tokens at a "

@@ -22,7 +22,7 @@ from onecard.tokenizer import (
 PROBE = " The Zürich 2024 don't\n\n  東京🙂"     # other tokenizers split it in another way
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")      # from the internet
 # {our setting: its name in transformers}; a GPT2Config accepts these names, too
-KEYS = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+NAMES_THERE = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
         "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
         "tie_word_embeddings": "tie_word_embeddings"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -96,7 +96,7 @@ def read(name):
         raise UserError(f"{name} has {settings}; our model does not support that")
 
     model_args = {key: values[0] for key, values in EXPORTABLE[kind].items()}
-    model_args |= {ours: getattr(config, key) for ours, key in KEYS.items()}
+    model_args |= {ours: getattr(config, key) for ours, key in NAMES_THERE.items()}
     if kind == "gpt2":
         mlp = ACTIVATIONS[config.activation_function]
         model_args |= {"n_inner": config.n_inner or 0, "mlp": mlp}
@@ -162,7 +162,7 @@ def to_transformers(config, weights):
     """The GPT2LMHeadModel or Qwen3ForCausalLM with these weights, a GPT's state_dict."""
     transformers = import_package("transformers", "an export")
     transformers.utils.logging.disable_progress_bar()
-    settings = {key: getattr(config, ours) for ours, key in KEYS.items()}
+    settings = {key: getattr(config, ours) for ours, key in NAMES_THERE.items()}
     settings |= {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
     if kind_of(config) == "gpt2":
         activation = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]

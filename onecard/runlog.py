@@ -63,11 +63,11 @@ class RunLog:
         self.started = time.monotonic()
         self.recent = deque(maxlen=200)     # seconds of the last steps
         self.slow_seconds, self.said_slow = 0.0, False
-        self.drawn = self.started           # when the last loss.png was drawn
-        self.printed = -math.inf            # when the last line of a step was printed
-        self.is_open, self.is_behind = False, False
-        self.kept = None                # lines that log.jsonl had before, until they are rewritten
-        self.unwritten = b""            # new lines that are not on the disk yet
+        self.drawn_at = self.started        # when the last loss.png was drawn
+        self.printed_at = -math.inf         # when the last line of a step was printed
+        self.is_open, self.said_unwritten = False, False
+        self.older_lines = None         # what log.jsonl had before, until it is written again
+        self.waiting = b""              # new lines that are not on the disk yet
         self.bar, self.trackers = None, []
 
     def open(self, data):
@@ -79,7 +79,7 @@ class RunLog:
             self.trackers.append(TensorBoard(self.cfg, self.first_step))
         # a killed run may have logged steps after its last checkpoint: they will come again
         entries = read_log(self.path) if resume.in_own_folder(self.cfg) else []
-        self.kept = "".join(json.dumps(entry) + "\n" for entry in entries
+        self.older_lines = "".join(json.dumps(entry) + "\n" for entry in entries
                             if entry["step"] <= self.first_step)
         self.is_open = True
         self.write(event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -94,25 +94,25 @@ class RunLog:
         for name, number in entry.items():
             if isinstance(number, float) and not math.isfinite(number):
                 entry[name] = None          # JSON has no infinity
-        self.unwritten += json.dumps(entry).encode() + b"\n"
+        self.waiting += json.dumps(entry).encode() + b"\n"
         self.flush()
 
     def flush(self):
         """Write the lines that are waiting. What the disk does not take is tried again later."""
-        if self.progress.holds_old_run or not self.unwritten:       # log.jsonl is the old run's
+        if self.progress.holds_old_run or not self.waiting:       # log.jsonl is the old run's
             return
         try:
-            if self.kept is not None:
-                write_text(self.path, self.kept)
-                self.kept = None
+            if self.older_lines is not None:
+                write_text(self.path, self.older_lines)
+                self.older_lines = None
             with open(self.path, "ab", buffering=0) as file:
-                n_written = file.write(self.unwritten)      # on a full disk perhaps not all
-            self.unwritten, self.is_behind = self.unwritten[n_written:], False
+                n_written = file.write(self.waiting)      # on a full disk perhaps not all
+            self.waiting, self.said_unwritten = self.waiting[n_written:], False
         except OSError as error:
-            if not self.is_behind:      # say it once
+            if not self.said_unwritten:     # say it once
                 self.world.print(f"warning    {self.path} cannot be written, the run goes on, and "
                                  f"tries it again: {error}")
-            self.is_behind = True
+            self.said_unwritten = True
 
     def hours_of_process(self):
         """Hours since this process began to train."""
@@ -132,7 +132,7 @@ class RunLog:
             return
         self.write(val_loss=val_loss, hours=self.hours(), sample=sample)
         self.track({"val/loss": val_loss})
-        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
+        if time.monotonic() - self.drawn_at > SECONDS_BETWEEN_PICTURES:
             self.draw()
 
     def track(self, numbers):
@@ -147,7 +147,7 @@ class RunLog:
 
     def draw(self):
         """loss.png of this run, if matplotlib is installed. A picture never stops a run."""
-        self.drawn = time.monotonic()
+        self.drawn_at = time.monotonic()
         if self.progress.holds_old_run or self.progress.step == self.first_step:
             return                          # no step of this run is in the log
         try:
@@ -182,13 +182,13 @@ class RunLog:
         self.write(tokens=tokens, epoch=epoch, train_loss=loss, lr=lr, grad_norm=grad_norm,
                    tokens_per_s=rate, mfu=mfu, hours=self.hours())
         self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu})
-        if self.bar.disable and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+        if self.bar.disable and time.monotonic() - self.printed_at >= SECONDS_BETWEEN_LINES:
             if rate:
                 seconds_left = plan.seconds(self.measured_plan(), rate)
                 numbers["left"] = tqdm.format_interval(seconds_left)
             line = ", ".join(f"{name} {number}" for name, number in numbers.items())
             print(f"step {step:,}/{self.cfg.max_iters:,}: {line}")
-            self.printed = time.monotonic()
+            self.printed_at = time.monotonic()
 
     @property
     def just_measured(self):

@@ -13,7 +13,7 @@ from onecard.settings import UserError
 ENOUGH = 20                             # documents; expecting 20, there are none with chance e**-20
 
 
-def val_limit(paths, cfg):
+def val_hash_limit(paths, cfg):
     """The limit for the documents of these files. `cfg` has prepare.py's settings."""
     share, n_smaller = estimate(paths, cfg)
     if n_smaller >= ENOUGH:

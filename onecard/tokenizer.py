@@ -111,7 +111,7 @@ def of_dataset(folder, vocab_size):
     if path.with_name("meta.json").is_file():       # prepare.py's
         return GPT2Tokenizer()
     if not path.is_file():
-        return by_size(vocab_size)
+        return likely_tokenizer(vocab_size)
     try:
         itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
         return CharTokenizer([itos[i] for i in range(len(itos))])
@@ -123,20 +123,20 @@ def of_dataset(folder, vocab_size):
 
 def of_checkpoint(parts):
     """The tokenizer of the ids of a model, from its checkpoint."""
-    n_rows, identity = parts["model_args"]["vocab_size"], parts.get("tokenizer")
+    vocab_size, identity = parts["model_args"]["vocab_size"], parts.get("tokenizer")
     if identity is None:                # nanoGPT's sample.py finds characters by the dataset
         dataset = str(parts.get("config", {}).get("dataset", ""))
-        vocabulary = of_dataset(DATA / dataset, n_rows)
-        return vocabulary if vocabulary.n_vocab == n_rows else by_size(n_rows)
-    if isinstance(identity, list) and len(identity) <= n_rows:
+        vocabulary = of_dataset(DATA / dataset, vocab_size)
+        return vocabulary if vocabulary.n_vocab == vocab_size else likely_tokenizer(vocab_size)
+    if isinstance(identity, list) and len(identity) <= vocab_size:
         return CharTokenizer(identity)
     if identity == VOCABULARY_SHA256:
-        return by_size(n_rows)
+        return likely_tokenizer(vocab_size)
     return UnknownTokenizer()
 
 
-def by_size(n_rows):
-    """What a model of `n_rows` ids most likely has: GPT-2's, if these are enough for them."""
-    if n_rows >= N_VOCAB:
+def likely_tokenizer(vocab_size):
+    """What a model of `vocab_size` ids most likely has: GPT-2's, if these are enough for them."""
+    if vocab_size >= N_VOCAB:
         return GPT2Tokenizer()
     return UnknownTokenizer()

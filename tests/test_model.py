@@ -175,7 +175,7 @@ def test_reading_a_text_in_pieces_with_a_cache_changes_nothing(kind, lengths):
     with torch.no_grad():
         pieces = [model.hidden(piece, cache) for piece in idx.split(lengths, 1)]
         assert torch.allclose(torch.cat(pieces, 1), model.hidden(idx), atol=1e-5)
-    assert cache.n_read == cache.visible == 29
+    assert cache.n_read == cache.n_visible == 29
 
 
 @pytest.mark.parametrize("kind, backend", [
