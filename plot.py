@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecard import checkpoint, figure
-from onecard.runlog import read_log
+from onecard.logfile import read_log
 from onecard.settings import UserError, configure_and_run, import_package
 
 

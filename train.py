@@ -22,8 +22,9 @@ from onecard.datafiles import folder_of
 from onecard.dataset import Batches, Dataset, fixed_batches
 from onecard.divergence import Guard
 from onecard.generate import SamplingConfig, generate
+from onecard.logfile import measured_speed
 from onecard.resume import Progress, State
-from onecard.runlog import RunLog, measured_speed
+from onecard.runlog import RunLog
 from onecard.settings import UserError, configure, configure_and_run, in_range, one_of
 
 

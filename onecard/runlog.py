@@ -2,7 +2,6 @@
 
 A report never ends a run: what cannot be printed is dropped, and what cannot be written is said.
 """
-import json
 import math
 import statistics
 import time
@@ -14,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from onecard import figure, plan, resume, runtime
-from onecard.files import write_text
-from onecard.settings import UserError, import_package
+from onecard.logfile import LogFile, read_log
+from onecard.trackers import TensorBoard, Wandb
 
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
 SECONDS_BETWEEN_LINES = 10              # where no terminal shows a bar
@@ -26,49 +25,20 @@ NEXT = """Next:
     python plot.py {out_dir}               # its loss as a picture, {out_dir}/loss.png"""
 
 
-def read_log(path):
-    """The entries of log.jsonl. A line that no run of ours can have written is left out."""
-    entries = []
-    if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and type(entry.get("step")) is int:
-                entries.append(entry)
-    return entries
-
-
-def measured_speed(out_dir, machine):
-    """The tokens per second that the run in `out_dir` last had on this machine, or None."""
-    rate, same_device = None, False
-    for entry in read_log(Path(out_dir) / "log.jsonl"):
-        if entry.get("event") == "start":
-            device = entry.get("device"), entry.get("world_size")
-            same_device = device == (machine.name, machine.count)
-        if same_device and entry.get("tokens_per_s"):
-            rate = entry["tokens_per_s"]
-    return rate
-
-
 class RunLog:
     """The reports of a run. Only the first rank opens it and writes."""
 
     def __init__(self, run_plan, world, progress):
         self.plan, self.cfg, self.world, self.progress = run_plan, run_plan.cfg, world, progress
         self.out_dir = Path(self.cfg.out_dir)
-        self.path = self.out_dir / "log.jsonl"
+        self.file = LogFile(self.out_dir / "log.jsonl")
         self.first_step, self.hours_before = progress.step, progress.hours
         self.started = time.monotonic()
         self.recent = deque(maxlen=200)     # seconds of the last steps
         self.slow_seconds, self.said_slow = 0.0, False
         self.drawn_at = self.started        # when the last loss.png was drawn
         self.printed_at = -math.inf         # when the last line of a step was printed
-        self.is_open, self.said_unwritten = False, False
-        self.older_lines = None         # what log.jsonl had before, until it is written again
-        self.waiting = b""              # new lines that are not on the disk yet
-        self.bar, self.trackers = None, []
+        self.is_open, self.bar, self.trackers = False, None, []
 
     def open(self, data):
         """Start log.jsonl, or go on with it from the step of the checkpoint."""
@@ -77,10 +47,8 @@ class RunLog:
             self.trackers.append(Wandb(self.cfg, self.progress))
         if self.cfg.tensorboard_log:
             self.trackers.append(TensorBoard(self.cfg, self.first_step))
-        # a killed run may have logged steps after its last checkpoint: they will come again
-        entries = read_log(self.path) if resume.in_own_folder(self.cfg) else []
-        self.older_lines = "".join(json.dumps(entry) + "\n" for entry in entries
-                            if entry["step"] <= self.first_step)
+        if resume.in_own_folder(self.cfg):
+            self.file.keep_until(self.first_step)
         self.is_open = True
         self.write(event="start", time=time.strftime("%Y-%m-%dT%H:%M:%S"),
                    device=runtime.device_name(self.world.device), world_size=self.world.size,
@@ -90,29 +58,13 @@ class RunLog:
 
     def write(self, **entry):
         """Add a line to log.jsonl."""
-        entry = {"step": self.progress.step, **entry}
-        for name, number in entry.items():
-            if isinstance(number, float) and not math.isfinite(number):
-                entry[name] = None          # JSON has no infinity
-        self.waiting += json.dumps(entry).encode() + b"\n"
+        self.file.add({"step": self.progress.step, **entry})
         self.flush()
 
     def flush(self):
-        """Write the lines that are waiting. What the disk does not take is tried again later."""
-        if self.progress.holds_old_run or not self.waiting:       # log.jsonl is the old run's
-            return
-        try:
-            if self.older_lines is not None:
-                write_text(self.path, self.older_lines)
-                self.older_lines = None
-            with open(self.path, "ab", buffering=0) as file:
-                n_written = file.write(self.waiting)      # on a full disk perhaps not all
-            self.waiting, self.said_unwritten = self.waiting[n_written:], False
-        except OSError as error:
-            if not self.said_unwritten:     # say it once
-                self.world.print(f"warning    {self.path} cannot be written, the run goes on, and "
-                                 f"tries it again: {error}")
-            self.said_unwritten = True
+        """Write log.jsonl, if it is not an older run's that still has to stay."""
+        if not self.progress.holds_old_run:
+            self.file.flush()
 
     def hours_of_process(self):
         """Hours since this process began to train."""
@@ -151,7 +103,7 @@ class RunLog:
         if self.progress.holds_old_run or self.progress.step == self.first_step:
             return                          # no step of this run is in the log
         try:
-            figure.draw({str(self.out_dir): read_log(self.path)}, self.out_dir / "loss.png")
+            figure.draw({str(self.out_dir): read_log(self.file.path)}, self.out_dir / "loss.png")
         except ModuleNotFoundError:
             pass
         except Exception as error:
@@ -269,40 +221,3 @@ class RunLog:
             advice = "Nothing was saved"
         print(f"{reason} at step {step:,} after {self.hours():.2f} hours, best val loss {best}. "
               f"{advice}")
-
-
-class Wandb:
-    def __init__(self, cfg, progress):
-        self.wandb = import_package("wandb", "wandb_log = True")
-        try:
-            run = self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
-                                  config=asdict(cfg), id=progress.wandb_id or None, resume="allow")
-            progress.wandb_id = run.id      # a resumed run goes on in the same one
-        except Exception as error:          # no account, no network, a wrong project
-            raise UserError(f"wandb does not start ({error}). `wandb login` gives it your "
-                            "account, WANDB_MODE=offline needs none, and --wandb_log=False goes "
-                            "without it") from None
-
-    def log(self, numbers, step):
-        self.wandb.log({"iter": step, **numbers}, step=step)
-
-    def close(self):
-        self.wandb.finish()
-
-
-class TensorBoard:
-    def __init__(self, cfg, first_step):
-        import_package("tensorboard", "tensorboard_log = True")
-        from torch.utils.tensorboard import SummaryWriter
-        try:                            # points behind first_step, of a killed run, will come again
-            self.writer = SummaryWriter(cfg.out_dir, purge_step=first_step + 1)
-        except Exception as error:
-            raise UserError(f"TensorBoard cannot write into {cfg.out_dir}: {error}") from None
-
-    def log(self, numbers, step):
-        for name, number in numbers.items():
-            if number is not None:
-                self.writer.add_scalar(name, number, step)
-
-    def close(self):
-        self.writer.close()

@@ -20,8 +20,9 @@ import torch
 import train
 from conftest import PROJECT, restoring, run
 from onecard.cards import Machine
+from onecard.logfile import measured_speed, read_log
 from onecard.resume import Progress
-from onecard.runlog import RunLog, measured_speed, read_log
+from onecard.runlog import RunLog
 from onecard.runtime import World
 from onecard.settings import UserError
 from tiny_run import arguments, run_steps, run_tiny, saved, start, wait_for
