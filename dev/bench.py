@@ -24,6 +24,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from onecard import cards, optim, plan, runtime  # noqa: E402
 from onecard.dataset import half  # noqa: E402
 from onecard.settings import configure_and_run  # noqa: E402
+from onecard.units import gib  # noqa: E402
 from train import TrainConfig, forward_backward, plan_of  # noqa: E402
 
 ROUNDS = 7                              # measured steps of each kind
@@ -181,7 +182,7 @@ def main(cfg):
     plain_speed = measure("plain", plain_stepper(cfg, replace(world, dtype=plain_dtype)))
     run_plan = replace(run_plan, measured=speed)
     print(f"ratio  {speed / plain_speed:.2f}")
-    print(f"plan   peak memory {plan.gib(run_plan.peak_memory)}\n{plan.time_lines(run_plan)[0]}")
+    print(f"plan   peak memory {gib(run_plan.peak_memory)}\n{plan.time_lines(run_plan)[0]}")
     print(row_of(run_plan))
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(PROJECT))
 from model import GPTConfig  # noqa: E402
 from onecard import cards, plan  # noqa: E402
 from onecard.settings import configure  # noqa: E402
+from onecard.units import period  # noqa: E402
 from train import TrainConfig, plan_of  # noqa: E402
 
 RECIPES = ("evening", "overnight", "64m", "week", "one_shard")
@@ -31,7 +32,7 @@ def row(recipe, name):
     cells = [recipe, f"{machine.card.memory_mib / 1024:.0f} GB ({name})",
              f"{fit.batch_size} x {cfg.block_size}", f"{fit.chunk:,}", recompute,
              f"{planned.peak_memory / 2**30:.1f} of {machine.room / 2**30:.1f}",
-             plan.period(plan.seconds(planned, fast), plan.seconds(planned, slow))]
+             period(plan.seconds(planned, fast), plan.seconds(planned, slow))]
     return f"| {' | '.join(cells)} |"
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onecard import cards, memory
+from onecard.units import GIB, amount, gib, number, period
 
-GIB = 2**30
 R_STAR = 15.387756                      # epochs in which the worth of a repetition falls to 1/e
 TOKENS_PER_PARAMETER = 20               # compute-optimal (Hoffmann et al. 2022)
 EAGER_SPEED = 1 / 1.5                   # of a compiled step (RTX 3060 and 4090: 1 / 1.49)
@@ -282,38 +282,3 @@ def hours_lines(plan):
     hours = f"{plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps = {tokens} tokens"
     return [f"hours      {hours}",
             "           after 20 steps, max_iters is set to what fits (2 % are kept for saving)"]
-
-
-def number(x):
-    """Three digits at least: 0.0123, 4.57, 205, 1,234."""
-    if x >= 999.5:
-        return f"{x:,.0f}"
-    return f"{x:.3g}"
-
-
-def amount(n):
-    if n >= 1e9:
-        return f"{n / 1e9:,.2f} G"
-    if n >= 1e5:
-        return f"{n / 1e6:,.1f} M"
-    return f"{n:,.0f}"
-
-
-def gib(n_bytes):
-    if n_bytes == math.inf:
-        return "-"
-    if n_bytes < 0.1 * GIB:
-        return f"{n_bytes / 2**20:,.0f} MiB"
-    return f"{n_bytes / GIB:,.1f} GiB"
-
-
-def period(shortest, longest):
-    """A range of seconds in words: "4.57 to 7.2 s", "13.3 to 20.9 days"."""
-    unit, size = "s", 1
-    for name, n_seconds in (("minutes", 60), ("hours", 3600), ("days", 86400)):
-        if longest >= 2 * n_seconds:
-            unit, size = name, n_seconds
-    numbers = [number(shortest / size), number(longest / size)]
-    if numbers[0] == numbers[1]:
-        return f"{numbers[0]} {unit}"
-    return f"{numbers[0]} to {numbers[1]} {unit}"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from onecard import figure, plan, resume, runtime
 from onecard.logfile import LogFile, read_log
 from onecard.trackers import TensorBoard, Wandb
+from onecard.units import gib, period
 
 SECONDS_BETWEEN_PICTURES = 60           # one takes about a second
 SECONDS_BETWEEN_LINES = 10              # where no terminal shows a bar
@@ -170,7 +171,7 @@ class RunLog:
             total = plan.seconds(run_plan, measured)
             end = time.strftime("%A %d %B, %H:%M", time.localtime(time.time() + total))
             self.world.print(f"measured   {measured:,.0f} tokens/s: "
-                             f"{plan.period(total, total)} from here, until {end}")
+                             f"{period(total, total)} from here, until {end}")
 
     def warn_of_slow_steps(self, seconds):
         """Say it once if steps take twice as long as usual for a minute."""
@@ -182,8 +183,8 @@ class RunLog:
             self.said_slow = True
             device, held = self.world.device, ""
             if device.type == "cuda":
-                held = (f" This run holds {plan.gib(torch.cuda.memory_reserved(device))} of the "
-                        f"card, and {plan.gib(runtime.free_bytes(device))} are free: if that is "
+                held = (f" This run holds {gib(torch.cuda.memory_reserved(device))} of the "
+                        f"card, and {gib(runtime.free_bytes(device))} are free: if that is "
                         "little, close other programs, or resume with --batch_size=0.")
             self.world.print(f"warning    steps take over twice as long as before.{held} A hot "
                              "card or another program can be the cause, too")
