@@ -1,13 +1,14 @@
 """The network: GPT-2, with the parameter names of OpenAI's checkpoint.
 
-With the settings of config/modern.py, its blocks are built like those of Qwen3. Sizes in comments:
-B batch, T time, L = n_layer, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+With the settings of config/modern.py, its blocks are built like those of Qwen3. Checkpoints of
+nanoGPT (github.com/karpathy/nanoGPT) can be loaded, too. Sizes in comments: B batch, T time,
+L = n_layer, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch._functorch.config  # for GPT.compile: torch has no public switch for it
+import torch._functorch.config  # what backward recomputes; torch has no public setting for it
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ class GPTConfig:
     n_inner: int = 0                    # hidden width of the MLP; 0 means 4 C, or 8/3 C for swiglu
     tie_word_embeddings: bool = True    # the head shares the weights of the token embedding
     embed_norm: bool = False            # normalize the token embedding
-    zero_init: bool = False             # c_proj and a head of its own begin at zero
+    zero_init: bool = False             # begin at zero: c_proj, and a head that is not tied
     rope_theta: float = 10000.0         # base of the rotary angles; larger for longer contexts
 
     def __post_init__(self):
@@ -60,13 +61,15 @@ class GPTConfig:
     @classmethod
     def of(cls, settings, **changes):
         """The GPTConfig within `settings`, which may have more fields (train.py's)."""
-        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)} | changes)
+        ours = {f.name: getattr(settings, f.name) for f in fields(cls)}
+        return cls(**(ours | changes))
 
     @classmethod
     def from_checkpoint(cls, parts):
         """The GPTConfig of a checkpoint, as checkpoint.read() returns it."""
-        args, known = dict(parts["model_args"]), {f.name: f for f in fields(cls)}
-        if unknown := sorted(args.keys() - known):
+        args = dict(parts["model_args"])
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(set(args) - set(known)):
             raise UserError(f"this checkpoint was made by another version: it has the settings "
                             f"{', '.join(unknown)}, which are no longer read")
         if missing := sorted(set(SIZES) - args.keys()):
@@ -76,7 +79,7 @@ class GPTConfig:
         return cls(**args)
 
     def model_args(self):
-        """The dict in a checkpoint: nanoGPT's seven settings, and others unlike GPT-2's."""
+        """The dict in a checkpoint: nanoGPT's seven settings, and others that were changed."""
         return {key: value for key, value in asdict(self).items()
                 if key in NANOGPT_ARGS or value != getattr(GPTConfig, key)}
 
@@ -88,21 +91,21 @@ class GPTConfig:
     def inner_size(self):
         if self.n_inner:
             return self.n_inner
-        # as many weights as 4 C with two matrices, because swiglu has three; 64: tiles of a GPU
+        # swiglu has three matrices, the others two: 3 x 8/3 C = 2 x 4 C. GPUs like multiples of 64
         if self.mlp == "swiglu":
             return math.ceil(8 * self.n_embd / 3 / 64) * 64
         return 4 * self.n_embd
 
     @property
     def mlp_width(self):
-        """Outputs of the MLP's first matrix: swiglu's are the gate and what it multiplies."""
+        """Outputs of the MLP's first matrix. Half of swiglu's are a gate for the other half."""
         if self.mlp == "swiglu":
             return 2 * self.inner_size
         return self.inner_size
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in fp32, so that a bf16 input does not round the weights."""
+    """torch's LayerNorm, computed in fp32: for a bf16 input, torch would round the weights."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
@@ -192,8 +195,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_of_logits = loss_of_logits    # compile() replaces it
+        self.loss_of_logits = loss_of_logits    # an attribute: compile() puts a compiled one here
         self.loss_chunk = SMALLEST_CHUNK        # tokens in a chunk of the loss
+        # OpenAI's names: wte, wpe are the token and position embedding, h the blocks
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -217,7 +221,7 @@ class GPT(nn.Module):
             matrix_std = 0.55 / math.sqrt(c.n_embd)         # nanochat's and modded-nanogpt's value
             residual_std, head_std = 0.0, 0.0
         embedding_std = 0.02
-        # the norm scales the embedding anyway. But a head that shares it needs small weights
+        # embed_norm scales the embedding, so any size is right; but a tied head needs small weights
         if c.embed_norm and not c.tie_word_embeddings:
             embedding_std = 1.0
 
@@ -229,7 +233,7 @@ class GPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=matrix_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
-            if c.qk_norm:               # q k' begins 1.44 times as large (nanochat)
+            if c.qk_norm:               # 1.2 x 1.2: q times k is 1.44 times as large (nanochat)
                 nn.init.constant_(block.attn.q_norm.weight, 1.2)
                 nn.init.constant_(block.attn.k_norm.weight, 1.2)
         if not c.tie_word_embeddings:
@@ -245,7 +249,7 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit the context"
-        positions = slice(0, T)
+        positions = slice(0, T)         # of the rows of wpe or cos_sin
         if cache is not None:
             positions = cache.advance(T)                                      # (T,)
         x = self.transformer.wte(idx)                                         # (B, T, C)
@@ -282,12 +286,12 @@ class GPT(nn.Module):
         the memory, some 2 % slower.
         """
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
-        # two graphs: in one, the logits of all chunks would stay in memory until the end
+        # two graphs: a single one would keep the logits of all chunks until its end
         self.hidden = torch.compile(self.hidden, **options)
         self.loss_of_logits = torch.compile(self.loss_of_logits, **options)
 
     def count_parameters(self):
-        """{"total": all parameters, "blocks": those of blocks and norms, without embeddings}."""
+        """{"total": all parameters, "blocks": those of the blocks and the last norm}."""
         total = sum(p.numel() for p in self.parameters())
         blocks = [*self.transformer.h.parameters(), *self.transformer.ln_f.parameters()]
         return {"total": total, "blocks": sum(p.numel() for p in blocks)}
@@ -295,7 +299,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of forward and backward for a token of a full window; a multiply-add counts twice.
 
-        6 for each weight of a matrix (blocks and head). Attention to all T tokens is 12 L C T
+        A weight of a matrix (blocks and head) costs 6. Attention to all T tokens costs 12 L C T
         (PaLM's appendix B); causal attention is half of it, because a token sees T / 2 on average.
         """
         c = self.config
@@ -305,14 +309,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, parts):
-        """The model in a checkpoint, as checkpoint.read() returns it. It is not for training."""
+        """The model in a checkpoint, as checkpoint.read() returns it, in eval mode."""
         model = cls(GPTConfig.from_checkpoint(parts))
         model.load_weights(parts)
         return model.eval()
 
     def load_weights(self, parts):
         """Take the weights of a checkpoint."""
-        # nanoGPT saves a compiled model with the prefix _orig_mod., and before torch 2 a mask, too
+        # nanoGPT: compiled models have the prefix _orig_mod., and older ones a mask, attn.bias
         weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
                    if not name.endswith(".attn.bias")}
         wpe = "transformer.wpe.weight"
@@ -327,8 +331,8 @@ class GPT(nn.Module):
                                 f"{ours.get(name)} (None: there is no such weight)")
         for name, weight in weights.items():
             if not (weight.is_floating_point() and weight.isfinite().all()):
-                raise UserError(f"the {name} of this model holds nan, infinity or no "
-                                "floating-point numbers: it cannot be used")
+                raise UserError(f"the {name} of this model holds nan, infinity or whole numbers: "
+                                "it cannot be used")
         embedding, head = weights["transformer.wte.weight"], weights["lm_head.weight"]
         if self.config.tie_word_embeddings and not torch.equal(embedding, head):
             raise UserError("this model has a head of its own, and its settings say that the head "
@@ -342,15 +346,16 @@ class OpenedModel:
     model: GPT                          # on the CPU
     label: str                          # to print
     vocabulary: object                  # its tokenizer
-    dataset: str                        # its run trained on it; "" if that is not known
+    dataset: str                        # name of its training data; "" if it is not known
 
 
 def open_model(name):
-    """The model of a run's folder, a .pt file or a pretrained one; see checkpoint.read()."""
+    """The model in a run's folder, a .pt file, "gpt2", ..., or a folder of transformers."""
     parts, label = checkpoint.read(name)
     model, vocabulary = GPT.from_checkpoint(parts), tokenizer.of_checkpoint(parts)
     if isinstance(vocabulary, tokenizer.UnknownTokenizer):
         raise UserError(f"{label}: its {model.config.vocab_size:,} ids are neither GPT-2's nor "
                         "characters of a known dataset, so they cannot become text. For nanoGPT's "
                         "characters, the folder with their meta.pkl must be under data/")
-    return OpenedModel(model, label, vocabulary, str(parts.get("config", {}).get("dataset", "")))
+    dataset = parts.get("config", {}).get("dataset", "")
+    return OpenedModel(model, label, vocabulary, str(dataset))

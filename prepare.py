@@ -2,7 +2,7 @@
 Turn text into a dataset: data/<dataset>/train.bin and val.bin, GPT-2 token ids as uint16.
 
     python prepare.py                             # the one parquet file under data/
-    python prepare.py --download                  # fetch FineWeb's first file (2 GB) before that
+    python prepare.py --download                  # FineWeb's first file (2 GB), from the internet
     python prepare.py --sample                    # a small dataset from Python's documentation
     python prepare.py my.parquet --dataset=mine   # .parquet, .jsonl or .txt, also .gz and .zst
 
@@ -25,13 +25,13 @@ from onecard.split import val_hash_limit
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    files: tuple = ()                   # text files or folders of them; none: the one under data/
+    files: tuple = ()                   # text files or folders; without: the one file under data/
     dataset: str = ""                   # folder under data/; "": fineweb, or sample with --sample
-    val: str = ""                       # a file to validate on; "": documents drawn from the files
-    val_fraction: float = 0.0           # share of the documents that is drawn; 0: chosen by size
+    val: str = ""                       # a file to validate on; "": draw documents from the files
+    val_fraction: float = 0.0           # share of the documents to draw; 0: suits the size of text
     text_column: str = "text"           # column or field that holds the text
     seed: int = 1337                    # decides which documents are drawn
-    encoder: str = "auto"               # gigatoken, tiktoken (same ids, slower) or auto
+    encoder: str = "auto"               # gigatoken (a fast package), tiktoken (same ids) or auto
     num_proc: int = 0                   # threads that encode; 0: one for each core
     download: bool = False              # fetch FineWeb's first file and prepare it
     sample: bool = False                # make a small dataset from Python's documentation
@@ -71,20 +71,22 @@ def find_files(cfg, dataset):
 
 def describe_inputs(files, cfg):
     """The part of meta.json that decides the ids: what is read, and by which settings."""
-    sources = [{"name": path.name, "sha256": sha256(path), "split": split}
-               for split in files for path in files[split]]
+    sources = []
+    for split, paths in files.items():
+        for path in paths:
+            sources.append({"name": path.name, "sha256": sha256(path), "split": split})
     return {"sources": sources, "text_column": cfg.text_column, "seed": cfg.seed,
             "val_fraction": cfg.val_fraction}
 
 
 def comparison_key(inputs):
-    """What is equal for two datasets that have the same documents in each split."""
+    """Equal keys mean: the same documents in each split. Names of files do not count."""
     sources = [(source["sha256"], source["split"]) for source in inputs["sources"]]
     return sources, inputs["text_column"], inputs["seed"], inputs["val_fraction"]
 
 
 def is_made_from(folder, inputs):
-    """True if the folder was prepared from `inputs`. Raises UserError for other inputs."""
+    """Whether the folder is whole and was prepared from `inputs`. UserError for other inputs."""
     present = [name for name in datafiles.NAMES if (folder / name).exists()]
     if not present:
         return False
@@ -96,20 +98,28 @@ def is_made_from(folder, inputs):
 
 
 def write_splits(files, cfg, writers, bar):
-    """Encode all documents into the two splits. Returns what was counted on the way."""
-    counts, val_hashes, limit = Counter(), np.zeros(0, np.uint64), 0
+    """Encode all documents into the two splits. Returns what was counted on the way.
+
+    A document goes to val if its hash is below a limit: a random choice that puts equal documents
+    into the same split. With --val, a document that is in those files as well is left out of train.
+    """
+    counts = Counter()                          # documents.batches() counts what it reads
+    val_hashes, limit = np.zeros(0, np.uint64), 0
     if not cfg.val:
         limit = val_hash_limit(files["train"], cfg)
-    for batch in encoder.encode(documents.batches(files["val"], cfg.text_column, counts), cfg):
+    texts = documents.batches(files["val"], cfg.text_column, counts)
+    for batch in encoder.encode(texts, cfg):
         val_hashes = np.append(val_hashes, batch.hashes)
-        writers["val"].add(batch, np.ones(len(batch.hashes), bool))
-        bar.update(counts["bytes read"] - bar.n)
-    for batch in encoder.encode(documents.batches(files["train"], cfg.text_column, counts), cfg):
-        is_val = batch.hashes < limit           # equal documents are on the same side
-        is_in_both = np.isin(batch.hashes, val_hashes)      # only with --val
-        writers["val"].add(batch, is_val)
-        writers["train"].add(batch, ~is_val & ~is_in_both)
-        counts["in both splits"] += int(is_in_both.sum())
+        all_of_it = np.ones(len(batch.hashes), bool)
+        writers["val"].add(batch, all_of_it)
+        bar.update(counts["bytes read"] - bar.n)            # bar.n: what it shows already
+    texts = documents.batches(files["train"], cfg.text_column, counts)
+    for batch in encoder.encode(texts, cfg):
+        to_val = batch.hashes < limit
+        in_val_files = np.isin(batch.hashes, val_hashes)
+        writers["val"].add(batch, to_val)
+        writers["train"].add(batch, ~to_val & ~in_val_files)
+        counts["in both splits"] += int(in_val_files.sum())
         bar.update(counts["bytes read"] - bar.n)
     return counts
 
@@ -117,23 +127,24 @@ def write_splits(files, cfg, writers, bar):
 def prepare(files, folder, cfg, inputs):
     """Write the dataset of the files into the folder."""
     began = time.monotonic()
-    name = encoder.choose(cfg.encoder)
-    print(f"preparing {folder} by {name}")
-    if name == "tiktoken" and cfg.encoder == "auto":
-        print("`pip install gigatoken` makes the same ids many times as fast")
+    encoder_name = encoder.choose(cfg.encoder)
+    print(f"preparing {folder} by {encoder_name}")
+    if encoder_name == "tiktoken" and cfg.encoder == "auto":
+        print("with `pip install gigatoken`, it is many times as fast")
     n_bytes = sum(path.stat().st_size for path in files["train"] + files["val"])
     with datafiles.new_dataset(folder) as writers:
         with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True, disable=None) as bar:
             counts = write_splits(files, cfg, writers, bar)
         skipped = {reason: counts[reason] for reason in ("null", "empty", "in both splits")
                    if counts[reason]}
+        # write meta.json, and give the new files their names
         datafiles.finish(folder, writers, {
             **inputs, "skipped": skipped, "repaired_characters": counts["repaired"]})
     print(datafiles.describe(folder))
     for reason, n in skipped.items():
         print(f"documents {reason}: {n:,}")
     if counts["repaired"]:
-        print(f"characters repaired, as they were no UTF-8: {counts['repaired']:,}")
+        print(f"characters that were no UTF-8, and are replaced: {counts['repaired']:,}")
     print(f"prepared in {time.monotonic() - began:.1f} s")
 
 

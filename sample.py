@@ -24,9 +24,10 @@ from onecard.settings import UserError, configure_and_run, in_range
 
 
 @dataclass(frozen=True)
-class SampleConfig(SamplingConfig):     # temperature, top_k, ..., seed and max_new_tokens, and:
+class SampleConfig(SamplingConfig):
+    """Settings, besides those of SamplingConfig: temperature, top_k, seed, max_new_tokens, ..."""
     out_dir: str = ""               # run to sample from; "" = the newest under out*/
-    init_from: str = "resume"       # resume (the run in out_dir), gpt2, ..., a folder or a file
+    init_from: str = "resume"       # resume (the run in out_dir), gpt2, a folder or a .pt file
     start: str = ""                 # text to continue; FILE:name reads a file; "" = a new document
     interactive: bool = False       # ask for the beginning of a text, continue it, ask again
     num_samples: int = 3            # continuations of start, with the seeds seed, seed + 1, ...
@@ -56,11 +57,11 @@ def encode_prompt(text, vocabulary, block_size):
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
     ids = vocabulary.encode(text).tolist()
-    if is_gpt2 or not ids:              # characters begin with a new line, if there is no text
+    if is_gpt2 or not ids:              # a model of characters needs a start only without a text
         ids = [vocabulary.start] + ids
     if len(ids) > block_size:
-        print(f"the prompt has {len(ids):,} tokens; "
-              f"the model sees the last {block_size:,} of them", file=sys.stderr)
+        print(f"the prompt has {len(ids):,} tokens; the model sees the last {block_size:,} of "
+              "them", file=sys.stderr)      # generate() cuts them
     return ids
 
 
@@ -119,7 +120,7 @@ def main(cfg):
     model = opened.model
     if device.type == "cpu" and dtype is torch.float32:
         for weight in model.parameters():
-            if weight.dim() == 2:       # column after column: a token takes 3/4 of the time
+            if weight.dim() == 2:       # store it by columns: a token takes 3/4 of the time
                 weight.data = weight.data.T.contiguous().T
     action = interact if cfg.interactive else write_samples
     try:
@@ -128,8 +129,8 @@ def main(cfg):
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory on {device}, perhaps because a run trains on it; on a GPU, "
-                        "--device=cpu does not need it") from None
+        raise UserError(f"out of memory on {device}; perhaps a run trains on it. --device=cpu "
+                        "needs no memory of a GPU") from None
 
 
 if __name__ == "__main__":

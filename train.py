@@ -30,44 +30,45 @@ from onecard.settings import UserError, configure, configure_and_run, in_range, 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
+    """The settings of a run. Those of the network are GPTConfig's."""
     # output
     out_dir: str = "out"                # folder of ckpt.pt, best.pt, log.jsonl, config.py, loss.png
     eval_interval: int = 2000           # steps from one evaluation to the next
     log_interval: int = 1               # steps from one line of log.jsonl to the next
-    eval_iters: int = 200               # batches of val in an evaluation, the same ones every time
+    eval_iters: int = 200               # batches of val in an evaluation: always the same ones
     sample_tokens: int = 60             # tokens of the sample after an evaluation; 0 = no sample
     eval_only: bool = False             # evaluate once and exit
     always_save_checkpoint: bool = True     # False: save only if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
     max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
-    hours: float = 0.0                  # choose max_iters so that the run takes so long; 0 = do not
-    # resume goes on with the run in out_dir, and FILE.pt with that checkpoint. gpt2, or the folder
-    # of a run or of transformers, gives only its weights to a new run
+    hours: float = 0.0                  # choose max_iters so that the run takes so long; 0 = off
+    # resume: continue the run in out_dir. FILE.pt: continue from that checkpoint.
+    # gpt2, or the folder of a run or of a transformers model: start a new run with its weights
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
-    force: bool = False                 # start even if memory or disk is short, or settings differ
+    force: bool = False                 # start although memory is short, or settings have changed
     # the plan
     dry_run: bool = False               # print the plan and exit; changes nothing on the disk
     device_name: str = ""               # dry_run: plan for this card, such as 'RTX 4070'
     n_tokens: int = 0                   # dry_run: number of tokens; 0 = that of the dataset
     # wandb, tensorboard
     wandb_log: bool = False             # also log to Weights & Biases
-    wandb_project: str = "owt"          # its project
+    wandb_project: str = "owt"          # its project; nanoGPT's name for OpenWebText
     wandb_run_name: str = "gpt2"        # the name of the run in it
     tensorboard_log: bool = False       # also write TensorBoard's files into out_dir
     # data
     dataset: str = "openwebtext"        # folder under data/
     gradient_accumulation_steps: int = 40   # micro-batches in a step, all GPUs together
     batch_size: int = 12                # windows (block_size tokens) in a micro-batch; 0: what fits
-    tokens_per_step: int = 0            # replaces gradient_accumulation_steps; 0 = not used
-    seed: int = 1337                    # of the first weights, the data order and dropout
+    tokens_per_step: int = 0            # replaces gradient_accumulation_steps; 0 = off
+    seed: int = 1337                    # random seed for first weights, data order and dropout
     # model: block_size, n_layer, ... are GPTConfig's
-    bias: bool = False                  # biases in Linear and LayerNorm; False is faster, as good
+    bias: bool = False                  # biases in Linear and LayerNorm; without them: faster
     # optimizer
     optimizer: str = "adamw"            # adamw; muon: Muon for matrices, AdamW for the rest
     learning_rate: float = 6e-4         # the highest rate; muon needs about 0.02
     max_iters: int = 600000             # steps in all
-    weight_decay: float = 0.1           # of matrices (with muon, of blocks only); norms have none
+    weight_decay: float = 0.1           # for matrices; with muon only for those in the blocks
     beta1: float = 0.9                  # AdamW: decay of the average gradient
     beta2: float = 0.95                 # AdamW: decay of the average squared gradient
     grad_clip: float = 1.0              # clip the gradient to this norm; 0 = never
@@ -75,21 +76,21 @@ class TrainConfig(GPTConfig):
     lr_schedule: str = "cosine"         # cosine, or wsd: warm up, stay, cool down
     warmup_iters: int = 2000            # steps of linear warm-up
     lr_decay_iters: int = 600000        # cosine only: step that reaches min_lr; usually max_iters
-    cooldown: float = 0.4               # wsd only: the rate falls in the last share of max_iters
+    cooldown: float = 0.4               # wsd only: share of the steps, at the end, to cool down
     min_lr: float = 6e-5                # the last learning rate; usually a tenth of the highest
     # only for optimizer = 'muon'
     # embedding_lr and head_lr are for a width of 768; they are multiplied by sqrt(768 / n_embd)
-    embedding_lr: float = 0.25          # of the token embedding
-    head_lr: float = 0.003              # of the head; if it is tied, of the weights of both
-    scalar_lr: float = 0.006            # of all other weights: norms, biases, position embedding
-    embedding_weight_decay: float = 0.001   # of the token embedding
-    head_weight_decay: float = 0.01     # of the head
-    momentum: float = 0.95              # of Muon; it begins at 0.85 and rises to this
+    embedding_lr: float = 0.25          # rate for the token embedding, if it is not tied
+    head_lr: float = 0.003              # rate for the head; for both, if it is tied
+    scalar_lr: float = 0.006            # rate for other weights: norms, biases, positions
+    embedding_weight_decay: float = 0.001   # for the token embedding, if it is not tied
+    head_weight_decay: float = 0.01     # for the head; for both, if it is tied
+    momentum: float = 0.95              # highest momentum of Muon; it begins at 0.85
     momentum_warmup: int = 300          # steps in which the momentum rises
-    muon_beta2: float = 0.95            # decay of each output's average squared update; 0 = off
-    cautious: bool = True               # decay a weight only if its update shrinks it, too
+    muon_beta2: float = 0.95            # decay of the average square of each row; 0 = off
+    cautious: bool = True               # decay a weight only where its update makes it smaller
     # machine
-    backend: str = "auto"               # of torchrun: nccl for CUDA, gloo otherwise
+    backend: str = "auto"               # how processes talk: nccl on CUDA, else gloo
     device: str = "auto"                # cuda, cuda:1, mps, cpu; auto takes the best one
     dtype: str = "auto"                 # bfloat16, float16 (with scaled loss), float32, auto
     compile: bool = True                # torch.compile: a minute at the start, then much faster
@@ -114,16 +115,16 @@ class TrainConfig(GPTConfig):
             raise UserError("recompute = 'yes' works only with --compile=True")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
-        optim.check_schedule(self)
+        optim.check_schedule(self)      # the warm-up must leave room for the decay
         if not self.dry_run and (self.device_name or self.n_tokens):
             raise UserError("device_name and n_tokens are for a plan; add --dry_run")
         if self.batch_size == 0 and self.tokens_per_step == 0:
-            usual = 12 * self.gradient_accumulation_steps * self.block_size
+            n, usual_batch = self.gradient_accumulation_steps, TrainConfig.batch_size
+            usual = usual_batch * n * self.block_size
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
-                            f"a step is. 12 windows x {self.gradient_accumulation_steps} x "
-                            f"{self.block_size:,} are --tokens_per_step={usual}")
-        # batch_size = 0: whole windows are enough
-        micro_batch = max(self.batch_size, 1) * self.block_size
+                            f"a step is. {usual_batch} windows x {n} x {self.block_size:,} are "
+                            f"--tokens_per_step={usual}")
+        micro_batch = max(self.batch_size, 1) * self.block_size     # a window, if it is not known
         if self.tokens_per_step % micro_batch > 0:
             nearest = max(self.tokens_per_step // micro_batch, 1) * micro_batch
             raise UserError(f"tokens_per_step = {self.tokens_per_step:,} does not divide into "
@@ -141,7 +142,7 @@ class TrainConfig(GPTConfig):
 # before the run
 
 def network_of(cfg, saved):
-    """The GPTConfig of the run: from the checkpoint `saved`, a dict, or if it is None from cfg."""
+    """The run's GPTConfig: from the checkpoint `saved` (a dict) if there is one, else from cfg."""
     if saved:
         network = GPTConfig.from_checkpoint(saved)
         if cfg.block_size > network.block_size:
@@ -159,18 +160,20 @@ def plan_of(cfg, network, machine, known_tokens=None, past=None):
     past = past or {}                   # the checkpoint of a run that goes on
     with torch.device("meta"):          # a model without memory, only to count its parameters
         model = GPT(network)
-    size = plan.Size(network, **model.count_parameters(), flops_per_token=model.flops_per_token())
-    # how a micro-batch is computed: batch_size, chunk, recompute. A run that goes on keeps its own
+    n = model.count_parameters()
+    size = plan.Size(network, n["total"], n["blocks"], model.flops_per_token())
+    # how a micro-batch is computed: batch_size, chunk of the loss, recompute. A run that goes on
+    # keeps its fit, so that it rounds as before, and its val windows: so its losses compare
     fit = memory.choose(cfg, size, machine, past.get("fit"))
-    val_windows = cfg.eval_iters * (cfg.batch_size or TrainConfig.batch_size)
-    val_windows = past.get("val_windows", val_windows)          # kept, too
+    usual_windows = cfg.eval_iters * (cfg.batch_size or TrainConfig.batch_size)
+    val_windows = past.get("val_windows", usual_windows)
     cfg = replace(cfg, batch_size=fit.batch_size)
     return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens,
                      steps_before=past.get("iter_num", 0))
 
 
 def recipe_advice(cfg, machine, known_tokens):
-    """Which recipe is the best for cfg.hours on this machine, in words."""
+    """Which recipe (of config/) is the best for cfg.hours on this machine, in words."""
     if not machine.peak_flops or not known_tokens:
         return ("advice     needs a card in bf16 or fp16 (--device_name='RTX 4070'), and the size "
                 "of the text (--n_tokens=700_000_000)")
@@ -185,25 +188,28 @@ def recipe_advice(cfg, machine, known_tokens):
 def make_plan(cfg, network, saved, world):
     """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
     past = saved if resume.goes_on(cfg) else {}     # init_from: resume or FILE.pt
-    machine = cards.machine_of(world)
-    cfg = resume.with_fitted_steps(cfg, past, world)        # what --hours chose before a resume
+    cfg = resume.with_fitted_steps(cfg, past, world)        # keep what --hours chose at its start
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
-    machine = replace(machine, room=min(world.gather(machine.room)))    # the smallest of all GPUs
+    else:
+        machine = cards.machine_of(world)
+    # room: bytes that are free for the run. The GPU with the least decides for all
+    machine = replace(machine, room=min(world.gather(machine.room)))
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
     run_plan = plan_of(cfg, network, machine, known_tokens, past)
     cfg = run_plan.cfg
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
                         f"cannot share in micro-batches of {cfg.batch_size}")
-    if past:
+    if past:                            # its log has a speed, which is better than a prediction
         run_plan = replace(run_plan, measured=measured_speed(cfg.out_dir, machine))
     world.print(plan.text(run_plan))
     if cfg.dry_run and cfg.hours and not past:
         world.print(recipe_advice(cfg, machine, known_tokens))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
-    if world.any(reasons) and not (cfg.force or cfg.dry_run or cfg.eval_only):
+    is_refused = world.any(len(reasons) > 0)        # by one process: all stop
+    if is_refused and not (cfg.force or cfg.dry_run or cfg.eval_only):
         why = "; ".join(reasons) or "another process lacks memory or disk"
         raise UserError(f"{why}. --force starts it all the same")
     for reason in reasons:
@@ -219,12 +225,15 @@ def open_data(cfg, network, saved, world):
     train_data.check_vocabulary(network.vocab_size)
     val_data.check_vocabulary(network.vocab_size)
     vocabulary = tokenizer.of_dataset(folder, network.vocab_size)
-    resume.check_tokenizer(cfg, saved, vocabulary, world)
+    resume.check_tokenizer(cfg, saved, vocabulary, world)   # a saved model must have the same ids
     return train_data, val_data, vocabulary
 
 
 def make_state(cfg, network, saved, fixed_parts, world):
-    """The State of the run: new, or as the checkpoint `saved` has it."""
+    """The State of the run: new, or as the checkpoint `saved` has it.
+
+    `fixed_parts` are what every checkpoint of the run holds besides, such as checksums of its data.
+    """
     torch.manual_seed(cfg.seed)
     model = GPT(network)
     if saved:
@@ -250,11 +259,11 @@ def evaluate(batches, model, val_data, n_windows):
     model.eval()
     loss_sum = torch.zeros((), device=batches.world.device)
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
-        if n > 0:                       # 0: other ranks have one batch more than this one
+        if n > 0:                       # in the last batch, a rank may have no window left
             with batches.world.autocast():
-                loss_sum += n * model(idx, targets)     # the mean over n windows
+                loss_sum += n * model(idx, targets)     # the model gives the mean over n windows
     model.train()
-    return (batches.world.sum(loss_sum) / n_windows).item()     # all ranks have n_windows together
+    return (batches.world.sum(loss_sum) / n_windows).item()     # n_windows are of all ranks
 
 
 def sample(model, vocabulary, cfg, world):
@@ -262,23 +271,24 @@ def sample(model, vocabulary, cfg, world):
 
     The run's own random numbers stay as they are.
     """
-    if not (world.is_main and cfg.sample_tokens and vocabulary.n_vocab):    # None: unknown ids
+    can_decode = vocabulary.n_vocab is not None         # None: an unknown tokenizer
+    if not (world.is_main and cfg.sample_tokens and can_decode):
         return ""
     sampling = SamplingConfig(max_new_tokens=cfg.sample_tokens)
     model.eval()
     with world.autocast():
         ids = list(generate(model, [vocabulary.start], sampling, vocabulary.n_vocab,
-                            fixed_shapes=False))
+                            fixed_shapes=False))        # they would pay only for longer samples
     model.train()
     return vocabulary.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
-    ddp_model.zero_grad()               # of the last step, or of a call that failed
+    ddp_model.zero_grad()               # drop the gradients of the last step, or of a failed call
     loss_sum = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
-        # DDP exchanges gradients only where this is True: in the last micro-batch
+        # DDP (only DDP) reads this: exchange gradients only in the last micro-batch
         ddp_model.require_backward_grad_sync = i == batches.per_step - 1
         with batches.world.autocast():
             loss = ddp_model(idx, targets) / batches.per_step
@@ -327,7 +337,7 @@ def update(optimizer, scaler):
         if not runtime.is_out_of_memory(error):
             raise
         raise UserError("out of memory in the optimizer, where a smaller batch_size does not help. "
-                        "A smaller n_layer or n_embd does; ckpt.pt is as it was") from None
+                        "A smaller n_layer or n_embd does. The last ckpt.pt is unchanged") from None
     scaler.update()
 
 
@@ -335,7 +345,7 @@ def main(cfg):
     # where does it run: ranks of torchrun, device, dtype. A dry run may plan for another machine
     world = runtime.start(cfg.device, cfg.dtype, cfg.backend)
     if cfg.compile and not cfg.dry_run and not runtime.can_compile(world):
-        cfg = replace(cfg, compile=False, recompute="auto")
+        cfg = replace(cfg, compile=False, recompute="auto")     # recompute needs compile
 
     # what will it cost? --dry_run ends here: it needs no data and writes nothing
     saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model
@@ -347,9 +357,9 @@ def main(cfg):
     if cfg.dry_run:
         return
 
-    # data: each epoch shuffles all documents again, joins them and cuts them into windows of
-    # block_size tokens. All windows of the run have a number, and step s takes those from
-    # s * windows_per_step on. So the order needs only the seed and the step, also after a resume
+    # data: an epoch shuffles all documents, joins them and cuts them into windows of block_size
+    # tokens. Windows are numbered through all epochs: number w is in epoch w // n_windows. Step s
+    # takes the windows from number s * windows_per_step on. So a resume needs only the step
     train_data, val_data, vocabulary = open_data(cfg, network, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
     n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
@@ -361,20 +371,20 @@ def main(cfg):
     del saved                                   # as large as the model and its optimizer
 
     # reports, compiling, batches
-    model.loss_chunk = run_plan.fit.chunk       # tokens in a chunk of the loss
+    model.loss_chunk = run_plan.fit.chunk       # compute the loss of so many tokens at a time
     log = RunLog(run_plan, world, progress)
     if world.is_main and not cfg.eval_only:
         resume.open_folder(cfg, progress)
         log.open(train_data)
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
-        model.compile(run_plan.fit.recompute, dynamic=False)    # the weights keep their names
+        model.compile(run_plan.fit.recompute, dynamic=False)    # in place: no _orig_mod. in names
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     guard = Guard(network.vocab_size, scaler)   # stops a run that diverges
     stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
-    gc.freeze()
+    gc.freeze()                                 # save() shall collect only what comes from now on
     gc.disable()                                # Python's garbage collector would delay steps
 
     while True:
@@ -385,27 +395,29 @@ def main(cfg):
         # evaluate at the start, every eval_interval steps and at the end; not right after a resume,
         # because that step was evaluated before it was saved
         due = last or step % cfg.eval_interval == 0
-        evaluates = cfg.eval_only or (due and (trained or step == 0))
+        just_resumed = step > 0 and not trained
+        evaluates = cfg.eval_only or (due and not just_resumed)
         if evaluates:
             progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_val)
-            log.evaluation(sample(model, vocabulary, cfg, world))
+            log.evaluation(progress.val_loss, sample(model, vocabulary, cfg, world))
         if cfg.eval_only:
             break
 
         # save ckpt.pt; copy it to best.pt if val improved, and before a cooldown to stable.pt
         improved = evaluates and progress.val_loss < progress.best_val_loss
-        out_of_time = trained and 0 < cfg.max_hours < log.hours_of_process()
+        out_of_time = trained and cfg.max_hours > 0 and log.hours_of_process() > cfg.max_hours
         ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
-        worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
-        stable = optim.is_before_cooldown(step, cfg)
         overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
+        worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
+        stable = optim.is_before_cooldown(step, cfg)            # wsd: true once
         if trained and world.any(ending or worth_saving or stable or overdue):
+            check_loss = progress.val_loss
             if not evaluates:                   # a few windows show whether the model is broken
-                progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_check)
-            guard.before_save(step, progress.val_loss)
+                check_loss = with_less_memory(evaluate, batches, model, val_data, n_check)
+            guard.before_save(step, check_loss)     # ends a run that has diverged
             progress.hours = log.hours()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
-            log.flush()                         # an older run's log stayed until this save
+            log.flush()                         # with --overwrite, the old log stayed until now
             saved_time = time.monotonic()
         if ending:
             break
@@ -417,8 +429,7 @@ def main(cfg):
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        # tolist() waits for the GPU, which has forward and backward queued by then
-        loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()
+        loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()   # waits for the GPU
         guard.before_update(step + 1, loss, grad_norm)
         update(optimizer, scaler)
         progress.step += 1
@@ -429,7 +440,7 @@ def main(cfg):
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, world)         # save() only warns: now it is an error
+    resume.check_saved(progress, world)         # an error, if the last save was only a warning
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Progress:
     """How far a run is."""
     step: int = 0
     saved_step: int = 0                 # of the newest checkpoint
-    val_loss: float = math.inf          # of the last evaluation, or of a check before a save
+    val_loss: float = math.inf          # of the last evaluation
     best_val_loss: float = math.inf     # of best.pt
     hours: float = 0.0
     holds_old_run: bool = False         # out_dir has another run's files until the first save

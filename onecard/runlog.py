@@ -75,9 +75,9 @@ class RunLog:
         """Hours of training so far, over all processes that went on with this run."""
         return self.hours_before + self.hours_of_process()
 
-    def evaluation(self, sample):
+    def evaluation(self, val_loss, sample):
         """Report a validation loss, and what the model writes now."""
-        step, val_loss = self.progress.step, self.progress.val_loss
+        step = self.progress.step
         self.world.print(f"step {step:,}: val loss {val_loss:.4f}")
         if sample and step > 0:             # at step 0 it writes noise
             self.world.print(f"    it writes: {' '.join(sample.split())}")
