@@ -251,7 +251,6 @@ def txt_documents(file):
     """Yield the text before every separator, or up to a blank line once it is long enough."""
     text = ""
     while line := file.readline(TXT_LONGEST):
-        line = line.removeprefix(BYTE_ORDER_MARK)
         for _ in range(LONGEST_WORD):       # a long line is cut at white space
             if line[-1:].isspace() or not (letter := file.readline(1)):
                 break

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import prepare
 from onecard import files
 from onecard.settings import configure
 
@@ -102,8 +103,10 @@ def work(tmp_path, monkeypatch):
 def prepared(tmp_path_factory):
     """A folder with data/tiny/, prepared by prepare.py from 300 documents."""
     where = tmp_path_factory.mktemp("prepared")
-    write_parquet(where / "tiny.parquet", documents(300))
-    script("prepare.py", "tiny.parquet", "--dataset=tiny", "--num_proc=1", cwd=where)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(where)
+        write_parquet("tiny.parquet", documents(300))
+        run(prepare, "tiny.parquet", "--dataset=tiny", "--encoder=tiktoken")
     return where
 
 

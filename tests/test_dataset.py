@@ -42,8 +42,7 @@ def naive_samples(data, lengths, epoch):
 
 
 @pytest.mark.parametrize("lengths, block_size", [
-    ([7, 1, 30, 2, 2, 50, 11], 8), ([100], 7), ([1] * 40, 4), ([5, 5], 9), ([300, 2, 3, 290], 64),
-    (list(range(1, 40)), 16)])
+    ([7, 1, 30, 2, 2, 50, 11], 8), ([100], 7), ([1] * 40, 4), ([5, 5], 9), ([300, 2, 290], 64)])
 def test_an_epoch_is_every_window_of_the_shuffled_documents_once(work, lengths, block_size):
     for seed in (3, 4):
         data = make(work, lengths, block_size, seed)
@@ -63,7 +62,7 @@ def step_of(data, step):            # its 12 samples as (idx, targets)
     return torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:])
 
 
-@pytest.mark.parametrize("size, ranks", [(12, 1), (4, 1), (1, 1), (6, 2), (2, 3), (1, 4)])
+@pytest.mark.parametrize("size, ranks", [(12, 1), (4, 1), (2, 3), (1, 4)])
 def test_the_order_depends_neither_on_batch_size_nor_on_ranks(work, size, ranks):
     data = make(work, [50, 60, 70])
     all_ranks = [batches_of(data, size, 12, rank, ranks) for rank in range(ranks)]
@@ -108,7 +107,7 @@ def test_the_next_step_is_read_ahead_and_its_errors_reach_the_caller():
     assert samples == [2, 3, 6, 7, 10, 11] and set(threading.enumerate()) <= threads
 
 
-@pytest.mark.parametrize("n_windows, size, ranks", [(10, 10, 1), (10, 4, 1), (7, 3, 2), (1, 4, 3)])
+@pytest.mark.parametrize("n_windows, size, ranks", [(10, 4, 1), (7, 3, 2), (1, 4, 3)])
 def test_fixed_batches_are_the_file_from_first_to_last(work, n_windows, size, ranks):
     data, threads = make(work, [50, 31]), set(threading.enumerate())        # 10 windows
     by_rank = [fixed_batches(data, n_windows, size, World(CPU, rank=rank, size=ranks))
@@ -152,7 +151,6 @@ def wide(content, dtype):
     ("letters/train.bin", lambda old: llm_c(20240520) + old,
      "train.bin begins with the 1,024 bytes of llm.c's header.* `tail -c .1025 .*train.bin > NEW`"),
     ("letters/train.bin", lambda old: llm_c(20240801) + old, "holds ids of 4 bytes or more"),
-    ("letters/train.bin", lambda old: wide(old, np.uint32), "holds ids of 4 bytes or more"),
     ("letters/train.bin", lambda old: wide(old, np.int64), "holds ids of 4 bytes or more"),
     ("letters/train.bin", lambda old: wide(old[:18], np.int32), "holds ids of 4 bytes or more")])
 def test_files_that_cannot_train_are_refused(tiny, name, new_bytes, words):

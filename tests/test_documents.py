@@ -79,13 +79,12 @@ FRENCH, NOISE = "d\xe9j\xe0 vu, na\xefve.\n" * 500, random.Random(0).randbytes(4
 
 
 @pytest.mark.parametrize("name, raw, advice", [
-    ("a.txt", FRENCH.encode("latin1"), "18.8% of 7,999 .*`iconv -f ENCODING -t UTF-8`"),
-    ("a.TXT.GZ", FRENCH.encode("latin1"), "a.TXT.GZ is no text in UTF-8: 18.8%"),
+    ("a.TXT.GZ", FRENCH.encode("latin1"), "a.TXT.GZ is no .*18.8% of 7,999 .*`iconv -f ENCODING"),
     ("a.jsonl", to_lines(["x"]).encode() + b'{"text": "\x80"}', "iconv"),
     ("a.txt", ("x" * 1999 + "\xe9" * 3).encode("latin1"), "0.1% of 2,002 characters are broken"),
     ("a.txt", "a text without a mark".encode("utf-16le"), "iconv"),
     ("a.json.zst", '{"text": "\\u0000"}', "100.0% of 1 characters"),
-    ("a.txt", NOISE, "a.txt is no text in UTF-8"), ("a.parquet", NOISE, "Set --text_column"),
+    ("a.parquet", NOISE, "Set --text_column"),
     ("a.parquet", ("x" * 989 + "\0" * 11).encode(), "1.1% of 1,000 characters are broken")])
 def test_a_file_that_is_no_text_in_utf8_is_refused(work, name, raw, advice):
     if name == "a.parquet":
@@ -105,7 +104,7 @@ def test_a_large_file_that_is_no_text_is_refused_before_it_is_read_whole(work):
     assert counts["bytes read"] < Path("a.txt").stat().st_size / 2
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.json.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.json.zst"])
 @pytest.mark.parametrize("encoding, mark", [
     ("utf-8", b"\xef\xbb\xbf"), ("utf-16le", b"\xff\xfe"), ("utf-16be", b"\xfe\xff")])
 def test_the_mark_at_the_beginning_of_a_file_tells_its_encoding_and_is_no_text(
@@ -137,7 +136,7 @@ def test_the_memory_does_not_grow_with_the_file(work, n_different):
     assert highest < 30e6
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json"])
 def test_each_line_of_json_is_a_document(work, name):
     texts = [*make_texts(600), "x" * 3_000_000, "\u2028, \x85 and \r\n end no line"]
     plain = '{"text": "東 \u2028 \x85"}'                         # letters without escapes
@@ -145,8 +144,7 @@ def test_each_line_of_json_is_a_document(work, name):
     assert read(name) == ([*texts, "東 \u2028 \x85"], {"null": 2, "empty": 1})
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name, newline", [("a.txt", "\n"), ("a.txt.gz", "\r\n")])
 def test_a_text_file_is_cut_at_separators_or_at_blank_lines_once_it_is_long(work, name, newline):
     texts = [text.replace(SEPARATOR, "").strip() for text in make_texts(500)]
     for separator in (f"{newline}{SEPARATOR}{newline}", SEPARATOR):
@@ -252,36 +250,9 @@ def test_what_cannot_be_read_is_refused_with_its_reason(work):
     assert read("c.jsonl.gz")[0] == read("a.jsonl")[0] * 2
     Path("d.jsonl.gz").write_bytes(text)
     Path("e.txt").mkdir()
-    frame = bytes.fromhex("28b52ffd 00a8") + (len(text) << 3 | 1).to_bytes(3, "little") + text
-    Path("f.jsonl.zst").write_bytes(frame)          # its window is 2 GB
-    Path("g.jsonl.zst").write_bytes(frame.replace(b"\xa8", b"\x80", 1))            # 64 MB
-    assert read("g.jsonl.zst")[0] == read("a.jsonl")[0]
-    for name, reason in (("d.jsonl.gz", "incorrect header check"), ("e.txt", "Is a directory"),
-                         ("f.jsonl.zst", "Frame requires too much memory")):
+    for name, reason in (("d.jsonl.gz", "incorrect header check"), ("e.txt", "Is a directory")):
         with pytest.raises(UserError, match=f"^{name} cannot be read: .*{reason}"):
             read(name)
-
-
-@pytest.mark.parametrize("has_plain_footer", [True, False])
-def test_an_encrypted_column_is_refused_and_a_plain_one_beside_it_is_read(work, has_plain_footer):
-    encryption = pytest.importorskip("pyarrow.parquet.encryption")
-
-    class Keys(encryption.KmsClient):
-        def wrap_key(self, key, name):
-            return key.hex()
-
-    table = pa.table({"text": make_texts(9), "open": ["a"] * 9, "token_count": range(9)})
-    properties = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
-        encryption.KmsConnectionConfig(), encryption.EncryptionConfiguration(
-            footer_key="f", column_keys={"c": ["text", "token_count"]},
-            plaintext_footer=has_plain_footer))
-    with pq.ParquetWriter("a.parquet", table.schema, encryption_properties=properties) as writer:
-        writer.write_table(table)
-    with pytest.raises(UserError, match="a.parquet cannot be read: .*(?i:decrypt|crypt)"):
-        read("a.parquet")
-    assert documents.token_count("a.parquet") is None
-    if has_plain_footer:
-        assert read("a.parquet", column="open")[0] == ["a"] * 9
 
 
 def test_of_two_columns_with_one_name_none_is_taken_and_a_file_without_rows_is_empty(work):
@@ -295,10 +266,8 @@ def test_of_two_columns_with_one_name_none_is_taken_and_a_file_without_rows_is_e
 
 
 @pytest.mark.parametrize("counts, total", [
-    ([600, 398], 1000), (pa.array([600, 398], pa.int16()), 1000), ([600.0, 398], 1000),
-    ([600.5, 398], None), ([math.nan, 398], None), ([math.inf, 398], None), ([None, 398], None),
-    (["600", "398"], None), ([True, False], None), ([-600, 398], None), ([2**40, 1], None),
-    ([[600], [398]], None), ([{"n": 600}, {"n": 1}], None), ([None, None], None)])
+    ([600, 398], 1000), ([600.0, 398], 1000), ([600.5, 398], None), ([math.nan, 398], None),
+    ([None, 398], None), (["600", "398"], None), ([-600, 398], None), ([[600], [398]], None)])
 def test_a_column_that_counts_tokens_is_a_hint_that_is_right_or_unknown(work, counts, total):
     pq.write_table(pa.table({"token_count": counts}), "a.parquet")
     assert documents.token_count("a.parquet") == total
@@ -307,15 +276,8 @@ def test_a_column_that_counts_tokens_is_a_hint_that_is_right_or_unknown(work, co
         assert documents.token_count(name) is None
 
 
-def test_a_small_text_gives_more_to_val():
-    shares = [documents.val_share(text_bytes) for text_bytes in (0, 1e6, 4e6, 1e8, 3e9)]
-    assert shares == [0.1, 0.1, 0.05, 0.005, 0.005]
-
-
 @pytest.mark.parametrize("files, names, sentence", [
-    ({}, ["gone.parquet"], "gone.parquet does not exist"),
     ({"f/a.parquet.gz": ""}, ["f"], "f is no .parquet, .jsonl, .json or"),
-    ({}, [], "there is no parquet file under"),
     ({"data/a.parquet": "", "data/b.parquet": ""}, [], "can mean 2 parquet files, data/a.pa"),
     ({"a.parquet": "no parquet"}, ["a.parquet"], "a.parquet cannot be read"),
     ({"a.txt": "x"}, [""], " does not exist"),

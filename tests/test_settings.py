@@ -47,15 +47,15 @@ def test_the_missions_config_holds_exactly_its_22_values():
     assert config == MISSION and len(config) == 22
 
 
-@pytest.mark.parametrize("config", sorted((PROJECT / "config").glob("*.py")), ids=lambda p: p.name)
-def test_every_config_loads_from_any_folder(work, config):
-    configure(TrainConfig, [str(config)])
+def test_every_config_loads_from_any_folder(work):
+    for config in (PROJECT / "config").glob("*.py"):
+        configure(TrainConfig, [str(config)])
 
 
-def test_a_recipe_takes_the_modern_network_from_any_folder(work):
-    (work / "c.py").write_text("from config.modern import *\nnorm = mlp + '?'\n")
-    done = script("train.py", "c.py", cwd=work, check=False)
-    assert done.stderr == "train.py: norm = 'swiglu?'; use layernorm or rmsnorm\n"
+def test_a_config_file_takes_settings_of_a_recipe_from_any_folder(work):
+    (work / "c.py").write_text("from config.modern import mlp as _mlp\nencoder = _mlp\n")
+    done = script("prepare.py", "c.py", cwd=work, check=False)
+    assert done.stderr == "prepare.py: encoder = 'swiglu'; use auto or gigatoken or tiktoken\n"
 
 
 def test_a_config_file_may_compute_and_import(work):
@@ -85,7 +85,6 @@ def test_values_take_the_type_of_their_setting(arguments, changes):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--sise=3"], "--sise=3: no setting is called sise; did you mean size?"),
-    (["--nam=RTX 4070"], "--nam=RTX 4070: no setting is called nam; did you mean name?"),
     (["-size=3"], "-size=3: no setting is called -size; did you mean size?"),
     (["--size=big"], "--size=big: size is a number (int)"),
     (["--size=1.5"], "--size=1.5: size is of type int, not float"),
@@ -101,7 +100,6 @@ def test_a_mistake_on_the_command_line_is_named(arguments, sentence):
 
 @pytest.mark.parametrize("text, sentence", [
     ("sise = 3", "c.py: sise = 3: no setting is called sise; did you mean size?"),
-    ("size = '3'", "c.py: size = '3': size is of type int, not str"),
     ("size = True", "c.py: size = True: size is of type int, not bool"),
     ("fast = 1", "c.py: fast = 1: fast is of type bool, not int"),
     ("size = ", "c.py does not run: SyntaxError"),
@@ -113,15 +111,12 @@ def test_a_mistake_in_a_config_file_is_named(work, text, sentence):
     assert str(error.value).startswith(sentence)
 
 
-NUMBERS = [(cls, f.name) for cls in (TrainConfig, PrepareConfig, SampleConfig, EvalConfig)
-           for f in fields(cls) if f.type in (int, float)]
-
-
-@pytest.mark.parametrize("cls, name", NUMBERS, ids=[f"{c.__name__}-{n}" for c, n in NUMBERS])
-def test_every_number_of_every_script_has_a_range(cls, name):
-    for text in ("nan", "inf", "-inf", "-1", "-1e-9", "1e30", "1000000000000000000000000"):
-        with pytest.raises(UserError, match=name):
-            configure(cls, [f"--{name}={text}"])
+@pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig, EvalConfig])
+def test_every_number_of_every_script_has_a_range(cls):
+    for name in [f.name for f in fields(cls) if f.type in (int, float)]:
+        for text in ("nan", "inf", "-inf", "-1", "-1e-9", "1e30"):
+            with pytest.raises(UserError, match=name):
+                configure(cls, [f"--{name}={text}"])
 
 
 def test_a_written_config_gives_the_same_settings_again(work):
