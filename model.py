@@ -47,7 +47,7 @@ class GPTConfig:
         in_range(1, 2**16, self, "vocab_size", "n_head", "n_embd")      # an id is a uint16
         in_range(1, 2**20, self, "block_size")
         in_range(0, 2**20, self, "n_inner")
-        in_range(1, 1e12, self, "rope_theta")
+        in_range(1, 10**12, self, "rope_theta")
         one_of(self, position=("learned", "rotary"), norm=("layernorm", "rmsnorm"),
                mlp=("gelu", "gelu_tanh", "swiglu"))
         if self.n_embd % self.n_head:
@@ -318,7 +318,7 @@ class GPT(nn.Module):
         """Take the weights of a checkpoint."""
         # nanoGPT: compiled models have the prefix _orig_mod., and older ones a mask, attn.bias
         weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
-                   if not name.endswith(".attn.bias")}
+                   if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         wpe = "transformer.wpe.weight"
         if wpe in weights:              # the checkpoint may have more positions than this model
             weights[wpe] = weights[wpe][:self.config.block_size]

@@ -105,6 +105,7 @@ class Stepper:
         self.losses.append(torch.stack([loss, norm]).tolist())
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.model.zero_grad()          # other models may need the memory
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return self.n_tokens / (time.perf_counter() - started)

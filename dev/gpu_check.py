@@ -182,7 +182,7 @@ def promises_of(name, rows, on_gpu):
 def tokens_of(model, n, sampling, fixed_shapes):
     """n tokens, and how many there were a second."""
     started = time.perf_counter()
-    n_vocab = min(50257, model.config.vocab_size)
+    n_vocab = min(50256, model.config.vocab_size)       # no end of the text
     sampling = replace(sampling, max_new_tokens=n)
     tokens = list(generate(model, [1, 2, 3], sampling, n_vocab, fixed_shapes))
     return tokens, len(tokens) / (time.perf_counter() - started)

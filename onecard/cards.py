@@ -14,7 +14,7 @@ KERNEL_BYTES = 0.3 * 2**30              # of the kernels that a run loads (H100:
 SCREEN_GIB = 1, 3                       # what a desktop and its browser take of a card
 
 # shares of a card's peak FLOP/s (MFU) that training reaches, (lowest, highest)
-SHARE_WITHOUT_LOGS = (0.25, 0.8)                   # no log is of a card like it
+SHARE_WITHOUT_LOGS = (0.25, 0.8)        # no log is of a card like it
 OWN_MARGIN = (0.9, 1.1)                 # times the logs of this card, which are of other programs
 LIKE_MARGIN = (0.6, 1.15)               # times the logs of similar cards
 
@@ -113,7 +113,7 @@ class Machine:
     room: float                         # bytes for the run, without CUDA's own; inf: unknown
     card: Card | None = None
     count: int = 1                      # processes, each with a device of its own
-    held_by_others: float = 0                     # bytes that other programs hold
+    held_by_others: float = 0           # bytes that other programs hold
 
     @property
     def peak_flops(self):

@@ -94,6 +94,8 @@ def check_parts(path, parts):
     for key, types in TYPES.items():
         if key in parts and not isinstance(parts[key], types):
             raise UserError(f"{origin}: its {key} is of type {type(parts[key]).__name__}")
+    if not all(isinstance(weight, torch.Tensor) for weight in parts["model"].values()):
+        raise UserError(f"{origin}: its model holds something that is no tensor")
     loss = parts.get("best_val_loss")
     if isinstance(loss, torch.Tensor) and loss.numel() != 1:
         raise UserError(f"{origin}: its best_val_loss has {loss.numel()} numbers")

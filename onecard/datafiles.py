@@ -55,9 +55,9 @@ def read_meta(folder):
         return None
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT:
+        if meta["format"] == FORMAT and {"splits", "sources"} <= meta.keys():
             return meta
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path} is damaged or of another format than {FORMAT}; `python prepare.py "
                     f"FILES --dataset={path.parent.name} --force` makes it again")
@@ -94,26 +94,41 @@ def beginning(path, n_tokens):
 
 
 @contextlib.contextmanager
-def claimed(folder):
-    """Make the folder, and lock it for the block. Only one process can write a dataset to it.
-
-    Finishes what a process that was killed left. A new folder that stays empty is removed. An
-    OSError (a full disk, a folder of somebody else) becomes a UserError.
-    """
-    is_new = not folder.exists()
+def write_errors(folder):
+    """Turn an OSError of writing (a full disk, a folder of somebody else) into a UserError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder, "preparing a dataset")
-        rename_new_files(folder)
         yield
     except OSError as error:
         raise UserError(f"{folder} cannot be prepared ({error}). Make room, or close what uses its "
                         "files; the same command tries again") from None
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """Make the folder, and lock it for the block. Only one process can write a dataset to it.
+
+    Finishes what a process that was killed left. A new folder that stays empty is removed.
+    """
+    is_new = not folder.exists()
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder, "preparing a dataset")
+    try:
+        with write_errors(folder):
+            rename_new_files(folder)
+        yield
     finally:
         if is_new:
             with contextlib.suppress(OSError):      # it is not empty
                 folder.rmdir()
         unlock(folder)
+
+
+def finish_renames(folder):
+    """Finish what a process that was killed while it replaced the files of a dataset left."""
+    if (folder / "meta.json.new").exists():
+        with claimed(folder):
+            pass
 
 
 def rename_new_files(folder):
@@ -135,15 +150,16 @@ def new_dataset(folder):
 
     If the block raises, the new files are removed.
     """
-    writers = {split: SplitWriter(folder, split) for split in SPLITS}
-    try:
-        yield writers
-    finally:
-        for writer in writers.values():
-            writer.close()
-        if not (folder / "meta.json.new").exists():             # else they are whole
-            for name in NAMES:
-                (folder / f"{name}.new").unlink(missing_ok=True)
+    with write_errors(folder):
+        writers = {split: SplitWriter(folder, split) for split in SPLITS}
+        try:
+            yield writers
+        finally:
+            for writer in writers.values():
+                writer.close()
+            if not (folder / "meta.json.new").exists():         # else they are whole
+                for name in NAMES:
+                    (folder / f"{name}.new").unlink(missing_ok=True)
 
 
 def finish(folder, writers, meta):

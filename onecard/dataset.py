@@ -192,6 +192,8 @@ def fixed_batches(data, n_windows, batch_size, world):
 def ensure_prepared(dataset, world):
     """Prepare a dataset that is missing, from the one parquet file that it can mean."""
     folder = folder_of(dataset)
+    if world.is_main:
+        datafiles.finish_renames(folder)
     if world.is_main and not datafiles.is_prepared(folder):
         source = "--sample" if dataset == "sample" else documents.find_parquet(dataset)
         print(f"{folder} is not prepared yet: `python prepare.py {source} --dataset={dataset}`")

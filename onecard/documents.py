@@ -5,6 +5,7 @@ is one: its text is in one field. In a .txt file a document ends at <|endoftext|
 blank line after 16,000 characters. Files that are not parquet are UTF-8, or UTF-16 with a byte
 order mark, and may be compressed, as .gz or .zst.
 """
+import functools
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ SEPARATOR = "<|endoftext|>"         # in a .txt file, between documents
 TXT_ENOUGH = 16_000                 # characters of a document after which a blank line ends it
 TXT_LONGEST = 250_000               # characters after which the next white space ends it
 LONGEST_WORD = 1000                 # characters; a long line is cut in a word that is longer
+LONGEST_LINE = 1 << 28              # characters of a line of JSON; more would fill the memory
 BYTE_ORDER_MARK = "\ufeff"          # some programs write it at the beginning of a file
 REPLACEMENT = "\ufffd".encode()
 HALF = re.compile(rb"\xed[\xa0-\xb1\xb4-\xbf][\x80-\xbf]")    # half of a surrogate pair
@@ -132,8 +134,10 @@ def batches(paths, text_column, counts):
                     if len(texts):
                         yield texts
         except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise UserError(f"{path} cannot be read: {error}. Perhaps it was cut off, or is of "
-                            "another kind") from None
+            hint = ". Perhaps it was cut off, or is of another kind"
+            if getattr(error, "errno", None):           # the system says why
+                hint = ""
+            raise UserError(f"{path} cannot be read: {error}{hint}") from None
         refuse_broken(path, counts - before, MAX_BROKEN)
         counts["bytes read"] = before["bytes read"] + path.stat().st_size
 
@@ -228,7 +232,11 @@ def open_text(file):
 def jsonl_documents(file, path, field):
     """Yield the text of every line, None for one without."""
     is_first = True
-    for number, line in enumerate(file, 1):
+    lines = iter(functools.partial(file.readline, LONGEST_LINE), "")
+    for number, line in enumerate(lines, 1):
+        if len(line) == LONGEST_LINE:
+            raise UserError(f"line {number:,} of {path} is longer than {LONGEST_LINE:,} letters; "
+                            f'write every document as a line, {{"{field}": "..."}}')
         line = line.lstrip(BYTE_ORDER_MARK).strip()
         if not line:
             continue

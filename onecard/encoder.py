@@ -20,7 +20,7 @@ from onecard.tokenizer import END_OF_TEXT, VOCABULARY, GPT2Tokenizer, gpt2
 START = np.array([END_OF_TEXT], np.uint16)      # stands before every document
 RENEW_TOKENS = 48 << 20                 # by then, gigatoken remembers up to a gigabyte of words
 BATCH_BYTES = 4 << 20                   # of text; small batches cost more time
-MAX_THREADS = 3                         # of gigatoken: more would wait for the thread that reads
+MAX_THREADS = 3                         # of gigatoken: more would wait for the caller, which reads
 
 
 @dataclass

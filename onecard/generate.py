@@ -53,7 +53,7 @@ class KVCache:
 
     def clear(self):
         self.n_read.zero_()
-        self.n_visible = self.k.size(3) if self.fixed_shapes else 0       # places to look at
+        self.n_visible = self.k.size(3) if self.fixed_shapes else 0     # places to look at
 
     def advance(self, T):
         """Make room for T more tokens; return their positions (T,). Once, before all layers."""

@@ -80,7 +80,9 @@ def load_state(optimizer, state):
         return
     groups = optimizer.state_dict()["param_groups"]
     try:
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        averages = {number: {name: average.contiguous() for name, average in of_weight.items()}
+                    for number, of_weight in state["state"].items()}
+        optimizer.load_state_dict({"state": averages, "param_groups": groups})
         # torch compares no shapes, and its fused AdamW writes behind the end of a short average
         fits = all(average.shape == weight.shape for weight, averages in optimizer.state.items()
                    for name, average in averages.items() if name.startswith("exp_avg"))

@@ -22,9 +22,10 @@ from onecard.tokenizer import (
 PROBE = " The Zürich 2024 don't\n\n  東京🙂"     # other tokenizers split it in another way
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")      # from the internet
 # {our setting: its name in transformers}; a GPT2Config accepts these names, too
-NAMES_THERE = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
-        "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
-        "tie_word_embeddings": "tie_word_embeddings"}
+NAMES_THERE = {
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
+    "tie_word_embeddings": "tie_word_embeddings"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # {our setting: the values that transformers can compute}; the first one is what read() sets
 EXPORTABLE = {
@@ -53,7 +54,8 @@ QWEN3_BLOCK = {
 
 def open_theirs(name):
     """(model of transformers, identity of its tokenizer or None); `name` as in read()."""
-    if not Path(name).is_dir() and name not in OPENAI_MODELS:
+    is_folder = name != "" and Path(name).is_dir()
+    if not is_folder and name not in OPENAI_MODELS:
         close = difflib.get_close_matches(name, ("resume", *OPENAI_MODELS), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{name!r} is no folder and no .pt file, and the models that are fetched "

@@ -150,7 +150,8 @@ class RunLog:
 
     def measured_plan(self):
         """The plan of what is left, at the speed of the last steps."""
-        measured = self.plan.tokens_per_step / statistics.median(self.recent)
+        last_steps = list(self.recent)[-STEPS_TO_MEASURE:]
+        measured = self.plan.tokens_per_step / statistics.median(last_steps)
         return replace(self.plan, steps_before=self.progress.step, measured=measured)
 
     def follow(self, run_plan):

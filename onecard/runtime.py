@@ -155,7 +155,7 @@ def pick_device(name="auto"):
                "cpu": True}
     if name == "auto":
         name = next(kind for kind in is_here if is_here[kind])
-    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
+    if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:\d+)?", name):
         raise UserError(f"device = {name!r}: use auto, cuda, cuda:1, mps or cpu")
     device = torch.device(name)
     if device.index:

@@ -136,10 +136,18 @@ def parse(text, field):
             raise UserError(f"{source}: {field.name} is True or False")
         return words[text.lower()]
     try:
-        number = float(text)
+        number = parse_number(text)
     except ValueError:
         raise UserError(f"{source}: {field.name} is a number ({field.type.__name__})") from None
     return convert(number, field, source)
+
+
+def parse_number(text):
+    """An int if `text` is one, which a float may round, else a float."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def convert(value, field, source):
@@ -191,6 +199,7 @@ def open_consoles(prints_results):
             os.fstat(number)
         except OSError:                 # it is closed. The next file that is opened would get its
             os.open(os.devnull, os.O_RDWR)      # number, and all that libraries print
+    sys.stdin = sys.stdin or open(os.devnull)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         # print line by line into a pipe, and "?" for a letter that the console does not have

@@ -40,15 +40,11 @@ def test_each_recipe_is_the_advice_for_the_hours_that_it_was_made_for(hours, nam
     assert list(losses)[0] == name and list(losses.values()) == sorted(losses.values(), key=sum)
 
 
-def test_more_hours_and_faster_cards_reach_lower_losses():
-    losses = [sum(losses_of(advised(hours))["week"]) for hours in (4.0, 16.0, 64.0, 256.0)]
-    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
-    assert sum(losses_of(advised(9.0, "RTX 4090"))["week"]) < losses[1]
-
-
-def test_a_model_that_is_not_compiled_gets_less_far():
-    compiled, eager = (losses_of(advised(9.0, compile=choice)) for choice in (True, False))
-    assert sum(eager["evening"]) > sum(compiled["evening"]) + 0.05
+def test_more_hours_faster_cards_and_compiled_models_reach_lower_losses():
+    usual = sum(losses_of(advised(9.0))["evening"])
+    assert sum(losses_of(advised(36.0))["evening"]) < usual
+    assert sum(losses_of(advised(9.0, "RTX 4090"))["evening"]) < usual
+    assert sum(losses_of(advised(9.0, compile=False))["evening"]) > usual + 0.05
 
 
 def test_a_recipe_whose_schedule_is_longer_than_the_hours_is_not_named():
@@ -58,7 +54,6 @@ def test_a_recipe_whose_schedule_is_longer_than_the_hours_is_not_named():
 
 def test_nothing_is_predicted_for_a_small_text_or_a_small_card():
     assert advised(9.0, data=SimpleNamespace(train=400_000, val=40_000)).startswith(NONE)
-    assert advised(9.0, data=SimpleNamespace(train=0, val=0)).startswith(NONE)
     assert advised(9.0, less_memory=10 * 2**30).startswith(NONE)
 
 

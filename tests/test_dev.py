@@ -1,17 +1,24 @@
 """Do the tools of dev/ run? What they measure needs a GPU."""
 import json
 import re
+import sys
 
 import torch
 
-from conftest import PROJECT, script
+from conftest import PROJECT, run
 from onecard.runtime import World
 from train import TrainConfig
 
+sys.path.append(str(PROJECT / "dev"))
+import bench  # noqa: E402
+import gpu_check  # noqa: E402
+import plans  # noqa: E402
 
-def test_the_check_for_gpus_runs_on_any_computer(work):
-    done = script("dev/gpu_check.py", "--toy=True", "--out=rows.jsonl", cwd=work)
-    assert "BROKEN" not in done.stdout and "a graph changes no token" in done.stdout
+
+def test_the_check_for_gpus_runs_on_any_computer(work, capsys):
+    run(gpu_check, "--toy=True", "--out=rows.jsonl")
+    out = capsys.readouterr().out
+    assert "BROKEN" not in out and "a graph changes no token" in out
     rows = [json.loads(line) for line in open("rows.jsonl", encoding="utf-8")]
     speeds = [row["tokens_per_s"] for row in rows if row.get("config") == "mission"]
     assert len(speeds) == 6 and min(speeds) > 0
@@ -19,20 +26,17 @@ def test_the_check_for_gpus_runs_on_any_computer(work):
     assert [row["graph"] for row in rows if "sampling" in row] == [True, False]
 
 
-def test_the_bench_compares_with_a_plain_gpt2(work):
-    done = script("dev/bench.py", PROJECT / "config" / "cpu_speedrun.py", "--n_layer=1",
-                  "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=256",
-                  "--compile=False", cwd=work)
-    assert "plain " in done.stdout and "ours " in done.stdout and "ratio " in done.stdout
-    assert re.search(r"time       .*: 200 steps of .* tokens/s as measured\n", done.stdout)
+def test_the_bench_compares_with_a_plain_gpt2(capsys):
+    bench.main(TrainConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256,
+                           compile=False, max_iters=200))
+    out = capsys.readouterr().out
+    assert "plain " in out and "ours " in out and "ratio " in out
+    assert re.search(r"time       .*: 200 steps of .* tokens/s as measured\n", out)
     columns = (PROJECT / "dev" / "cards.md").read_text(encoding="utf-8").split("|---|")[0]
-    assert done.stdout.splitlines()[-1].count("|") == columns.splitlines()[-1].count("|") == 8
+    assert out.splitlines()[-1].count("|") == columns.splitlines()[-1].count("|") == 8
 
 
 def test_a_plain_gpt2_that_has_no_memory_takes_smaller_micro_batches(monkeypatch):
-    monkeypatch.syspath_prepend(PROJECT / "dev")
-    import bench
-
     class SmallMemory(bench.PlainGPT):
         def forward(self, idx, targets):
             if idx.size(0) > 4:
@@ -46,7 +50,8 @@ def test_a_plain_gpt2_that_has_no_memory_takes_smaller_micro_batches(monkeypatch
     assert (stepper.batch_size, stepper.n_tokens) == (3, 24 * 16) and stepper.step() > 0
 
 
-def test_the_table_of_recipes_and_cards_is_todays(work):
-    table = script("dev/plans.py", cwd=work).stdout
+def test_the_table_of_recipes_and_cards_is_todays(capsys):
+    plans.main()
+    table = capsys.readouterr().out
     assert table.count("\n") > 20
     assert table in (PROJECT / "dev" / "cards.md").read_text(encoding="utf-8")

@@ -2,9 +2,8 @@
 import pytest
 import torch
 
-from onecard import runtime
 from onecard.settings import UserError
-from tiny_run import log, run_tiny, same, saved, weights
+from tiny_run import log, run_tiny, same, weights
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.30 GiB")
 FULL_MPS = RuntimeError("MPS backend out of memory (MPS allocated: 18.03 GB)")
@@ -77,7 +76,7 @@ def test_an_optimizer_without_room_is_one_sentence_and_loses_nothing(tiny, monke
         raise FULL
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(UserError, match="out of memory in the optimizer.*ckpt.pt is as it was"):
+    with pytest.raises(UserError, match="out of memory in the optimizer.*ckpt.pt is unchanged"):
         run_tiny(init_from="resume", max_iters=4, eval_interval=50)
     assert same(weights(), before)
 
@@ -88,23 +87,8 @@ def test_an_error_that_is_not_about_memory_keeps_its_traceback(tiny, monkeypatch
         run_tiny()
 
 
-def test_the_error_that_cuda_raises_is_known():
-    assert torch.cuda.OutOfMemoryError is torch.OutOfMemoryError
-    assert runtime.is_out_of_memory(FULL)
-    assert not runtime.is_out_of_memory(RuntimeError("shapes do not match"))
-
-
-def test_batch_size_0_takes_what_fits_and_reads_the_same_windows(tiny):
-    run_tiny(out_dir="out-set", batch_size=1, gradient_accumulation_steps=8, eval_iters=12)
-    run_tiny(batch_size=0, tokens_per_step=128, eval_iters=1)
-    a, b = log("out-set"), log()
-    losses = [k for k in a if k[1] == "train_loss"]
-    assert losses and all(b[k] == pytest.approx(a[k], abs=1e-4) for k in losses)
-    assert saved()["config"]["batch_size"] == 8
-
-
 def test_what_does_not_fit_is_refused_unless_forced_and_a_dry_run_warns(tiny, capsys):
-    huge = dict(batch_size=1, block_size=16, n_embd=32 * 1024, n_head=32, n_layer=100, max_iters=1)
+    huge = dict(batch_size=1, block_size=16, n_embd=32 * 1024, n_head=32, n_layer=10, max_iters=1)
     with pytest.raises(UserError, match="needs .* GiB of memory.*--force starts it all the same"):
         run_tiny(**huge)
     run_tiny(**huge, dry_run=True)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PROJECT
-from model import GPT, NANOGPT_ARGS, GPTConfig, LayerNorm, RMSNorm, open_model
+from model import GPT, GPTConfig, LayerNorm, RMSNorm, open_model
 from onecard import checkpoint
 from onecard.generate import KVCache
 from onecard.pretrained import to_transformers
@@ -18,9 +18,7 @@ from onecard.settings import UserError, read_config_file
 from onecard.tokenizer import VOCABULARY_SHA256
 
 MODERN = read_config_file(PROJECT / "config" / "modern.py")
-MIXED = dict(position="rotary", norm="rmsnorm", mlp="gelu_tanh", bias=False)
-every_kind = pytest.mark.parametrize("kind", [dict(), MODERN, MIXED],
-                                     ids=["gpt2", "modern", "mixed"])
+every_kind = pytest.mark.parametrize("kind", [dict(), MODERN], ids=["gpt2", "modern"])
 
 
 def small(seed=0, **changes):
@@ -44,9 +42,8 @@ def parts_of(model):
 
 
 @pytest.mark.parametrize("kind", [
-    dict(), dict(bias=False), dict(mlp="gelu_tanh", n_inner=96), MODERN,
-    MODERN | dict(n_inner=96, rope_theta=500.0),
-    MODERN | dict(tie_word_embeddings=True, embed_norm=False)])
+    dict(), dict(bias=False, mlp="gelu_tanh", n_inner=96), MODERN,
+    MODERN | dict(n_inner=96, rope_theta=500.0, tie_word_embeddings=True, embed_norm=False)])
 def test_logits_and_loss_are_those_of_transformers(kind):
     pytest.importorskip("transformers")
     model = noisy(**kind)
@@ -55,27 +52,6 @@ def test_logits_and_loss_are_those_of_transformers(kind):
     logits = model(idx)
     assert logits.std() > 0.3 and torch.allclose(logits, twin(idx).logits, atol=2e-5)
     assert torch.allclose(model(idx[:, :-1], idx[:, 1:]), twin(idx, labels=idx).loss, atol=1e-5)
-
-
-@every_kind
-def test_a_token_sees_its_past_and_never_its_future(kind):
-    model = noisy(**kind)
-    idx = torch.randint(320, (1, 32))
-    changed = idx.clone()
-    changed[0, 20] = (idx[0, 20] + 1) % 320
-    difference = (model(idx) - model(changed)).abs().amax(2)[0]              # (T,)
-    assert difference[:20].max() < 1e-6 and difference[20:].min() > 1e-4
-
-
-@every_kind
-def test_the_loss_is_the_mean_over_tokens_in_fp32(kind):
-    model = noisy(**kind)
-    idx, targets = torch.randint(320, (2, 3, 16))
-    by_hand = F.cross_entropy(model(idx).double().flatten(0, 1), targets.flatten())
-    assert model(idx, targets).item() == pytest.approx(by_hand.item(), rel=1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(idx, targets)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(by_hand.item(), rel=0.01)
 
 
 @pytest.mark.parametrize("name", MODERN)
@@ -104,13 +80,6 @@ def test_initial_weights_are_those_of_the_papers(kind, table):
         mean, std = next((mean, std) for part, mean, std in table if part in name)
         assert p.mean().item() == pytest.approx(mean, abs=0.05 * std + 1e-6), name
         assert p.std().item() == pytest.approx(std, abs=0.05 * std + 1e-6), name
-
-
-@pytest.mark.parametrize("kind, tolerance", [(dict(), 0.1), (MODERN, 1e-5)])
-def test_a_new_model_expects_every_token_equally(kind, tolerance):
-    model = small(vocab_size=50304, **kind)
-    idx = torch.randint(50257, (4, 32))
-    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(math.log(50304), abs=tolerance)
 
 
 def test_dropout_acts_in_training_only():
@@ -143,19 +112,7 @@ def test_under_autocast_all_products_are_in_bf16(kind):
     assert products.dtypes == 3 * 5 * [torch.bfloat16]      # 3 blocks, 4 matrices and attention
 
 
-@pytest.mark.parametrize("n_head, n_embd, millions", [(8, 512, 64.0), (12, 768, 124.3)])
-def test_parameters_are_counted(n_head, n_embd, millions):
-    with torch.device("meta"):
-        counted = GPT(GPTConfig(n_head=n_head, n_embd=n_embd, bias=False)).count_parameters()
-    # 12 C^2 + 2 C in a block, C in the last norm
-    assert counted["blocks"] == 12 * (12 * n_embd**2 + 2 * n_embd) + n_embd
-    assert counted["total"] == counted["blocks"] + (50304 + 1024) * n_embd
-    assert counted["total"] / 1e6 == pytest.approx(millions, abs=0.1)
-    modern = small(**MODERN).count_parameters()
-    assert modern["total"] - modern["blocks"] == 2 * 320 * 64      # embedding and head
-
-
-@pytest.mark.parametrize("kind", [dict(), MODERN, MIXED, MODERN | dict(tie_word_embeddings=True)])
+@every_kind
 def test_flops_per_token_are_those_that_torch_counts(kind):
     model = small(**kind | dict(bias=False))
     idx = torch.randint(320, (4, 32))
@@ -168,22 +125,20 @@ def test_flops_per_token_are_those_that_torch_counts(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("lengths", [[20, 1, 1, 1, 5, 1], [1] * 29, [29]])
-def test_reading_a_text_in_pieces_with_a_cache_changes_nothing(kind, lengths):
+def test_reading_a_text_in_pieces_with_a_cache_changes_nothing(kind):
     model = noisy(**kind)
     idx, cache = torch.randint(320, (1, 29)), KVCache(model)
     with torch.no_grad():
-        pieces = [model.hidden(piece, cache) for piece in idx.split(lengths, 1)]
+        pieces = [model.hidden(piece, cache) for piece in idx.split([20, 1, 1, 1, 5, 1], 1)]
         assert torch.allclose(torch.cat(pieces, 1), model.hidden(idx), atol=1e-5)
     assert cache.n_read == cache.n_visible == 29
 
 
-@pytest.mark.parametrize("kind, backend", [
-    (dict(), "aot_eager_decomp_partition"),         # all of torch.compile but the C++
-    (MODERN, "aot_eager_decomp_partition"),
-    pytest.param(MODERN, "inductor", marks=pytest.mark.slow)])
-def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_plain_one(kind, backend):
-    model = noisy(n_layer=1, block_size=160, **kind)    # attention in two pieces
+@pytest.mark.parametrize("backend", [
+    "aot_eager_decomp_partition",                       # all of torch.compile but the C++
+    pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_plain_one(backend):
+    model = noisy(n_layer=1, block_size=160, **MODERN)  # attention in two pieces
     model.train()
     idx, targets = torch.randint(320, (2, 3, 160))
     loss = model(idx, targets)
@@ -200,30 +155,12 @@ def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_plain_one(kind, 
 
 
 @every_kind
-def test_a_checkpoints_arguments_make_the_same_network(kind):
-    config = small(**kind).config
-    assert GPTConfig(**config.model_args()) == config
-
-
-def test_the_arguments_of_a_gpt2_are_the_seven_that_nanogpt_knows():
-    assert tuple(GPTConfig(bias=False, dropout=0.1).model_args()) == NANOGPT_ARGS
-
-
-@every_kind
 def test_a_shorter_context_forgets_only_the_later_positions(kind):
     model = noisy(**kind)
     shorter = GPT(replace(model.config, block_size=16)).eval()
     shorter.load_weights(parts_of(model))
     idx = torch.randint(320, (1, 16))
     assert torch.equal(shorter(idx), model(idx)) and shorter.config.block_size == 16
-
-
-def test_a_checkpoint_of_nanogpts_compiled_model_is_read():
-    model = noisy(bias=False)
-    parts = parts_of(model)
-    parts["model"] = {f"_orig_mod.{name}": w for name, w in parts["model"].items()}
-    idx = torch.randint(320, (1, 16))
-    assert torch.equal(GPT.from_checkpoint(parts)(idx), model(idx))
 
 
 def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work):
@@ -250,16 +187,9 @@ def test_a_model_of_ids_that_nobody_knows_is_not_used(work):
 @pytest.mark.parametrize("changes, sentence", [
     (dict(norm="rms"), "norm = 'rms'; use layernorm or rmsnorm"),
     (dict(n_layer=0), "n_layer = 0 must be from 1 to"),
-    (dict(n_layer=1001), "n_layer = 1001 must be from .* to 1,000"),
     (dict(vocab_size=2**16 + 1), "vocab_size = 65537 must be from .* to 65,536"),
-    (dict(n_embd=2**17), "n_embd = 131072 must be from .* to 65,536"),
-    (dict(n_head=2**17), "n_head = 131072 must be from .* to 65,536"),
     (dict(block_size=2**21), "block_size = 2097152 must be from .* to 1,048,576"),
     (dict(n_inner=-1), "n_inner = -1 must be from 0 to"),
-    (dict(n_inner=2**21), "n_inner = 2097152 must be from .* to 1,048,576"),
-    (dict(rope_theta=math.nan), "rope_theta = nan must be from 1 to"),
-    (dict(rope_theta=math.inf), "rope_theta = inf must be from .* to 1"),
-    (dict(dropout=math.nan), "dropout = nan is a probability"),
     (dict(n_head=7), "n_embd = 64 does not divide into n_head = 7 heads; use a multiple of 7"),
     (dict(n_embd=60, position="rotary"), "rotary positions need an even n_embd / n_head, not 15"),
     (dict(rope_theta=0.0), "rope_theta = 0.0 must be from 1 to"),
@@ -272,11 +202,7 @@ def test_a_network_that_cannot_be_is_named(changes, sentence):
 @pytest.mark.parametrize("arguments, sentence", [
     (dict(block="modern", softcap=5.0), "another version: it has the settings block, softcap"),
     (dict(n_layer="3"), "has n_layer = '3': n_layer is of type int, not str"),
-    (dict(n_layer=2.5), "n_layer is of type int, not float"),
-    (dict(n_layer=None), "n_layer is of type int, not NoneType"),
-    (dict(bias=1), "bias is of type bool, not int"),
     (dict(rope_theta=math.nan), "rope_theta must be a finite number"),
-    (dict(n_layer=-1), "n_layer = -1 must be from 1 to"),
     (dict(n_embd=10**9), "n_embd = 1000000000 must be from 1 to"),
     (dict(n_layer=2), "transformer.h.2.attn.c_attn.bias .* need None"),
     (dict(n_layer=4), "transformer.h.3.attn.c_attn.bias has the shape None"),
@@ -289,25 +215,18 @@ def test_a_checkpoint_that_does_not_fit_is_named(arguments, sentence):
         GPT.from_checkpoint(parts)
 
 
-@pytest.mark.parametrize("name", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"])
-def test_a_checkpoint_that_does_not_say_its_sizes_is_named(name):
-    parts = parts_of(small())
-    del parts["model_args"][name]
-    with pytest.raises(UserError, match=f"does not say its {name}"):
+def test_a_checkpoint_that_does_not_say_its_sizes_is_named():
+    parts = parts_of(small()) | {"model_args": {"bias": True}}
+    with pytest.raises(UserError, match="say its block_size, n_embd, n_head, n_layer, vocab_size"):
         GPT.from_checkpoint(parts)
 
 
-@every_kind
-@pytest.mark.parametrize("change", [
-    lambda w: None, lambda w: w[:-1], lambda w: w[None], lambda w: w.sum()])
-def test_weights_of_another_shape_are_named(kind, change):
-    parts = parts_of(small(**kind))
+def test_weights_of_another_shape_are_named():
+    parts = parts_of(small())
     for name, w in list(parts["model"].items())[::5]:
-        weights = {**parts["model"], name: change(w)}
-        if weights[name] is None:
-            del weights[name]
-        with pytest.raises(UserError, match=f"of another network: its {name} has the shape"):
-            GPT.from_checkpoint({**parts, "model": weights})
+        for other in (w[:-1], w[None]):
+            with pytest.raises(UserError, match=f"of another network: its {name} has the shape"):
+                GPT.from_checkpoint({**parts, "model": {**parts["model"], name: other}})
 
 
 def test_weights_that_are_no_numbers_and_a_head_that_is_not_tied_are_refused():
@@ -321,12 +240,13 @@ def test_weights_that_are_no_numbers_and_a_head_that_is_not_tied_are_refused():
         GPT.from_checkpoint({**parts, "model": {**parts["model"], "lm_head.weight": wte + 1}})
 
 
-def test_an_older_nanogpts_masks_are_no_weights_and_other_names_are_refused():
+def test_nanogpts_prefix_and_masks_are_no_names_of_weights_and_other_names_are_refused():
     model = noisy()
     parts = parts_of(model)
+    parts["model"] = {f"_orig_mod.{name}": w for name, w in parts["model"].items()}
     for layer in range(3):
-        attention = f"_orig_mod.transformer.h.{layer}.attn"
-        parts["model"][f"{attention}.bias"] = torch.ones(1, 1, 32, 32).tril()
+        mask = f"_orig_mod.transformer.h.{layer}.attn.bias"
+        parts["model"][mask] = torch.ones(1, 1, 32, 32).tril()
     idx = torch.randint(320, (1, 16))
     assert torch.equal(GPT.from_checkpoint(parts).eval()(idx), model(idx))
     parts["model"]["transformer.h.0.attn.gate"] = torch.ones(1)
@@ -346,16 +266,11 @@ def test_a_norm_in_bf16_is_computed_in_fp32_and_rounded_once(make_norm, plain):
     assert torch.equal(norm(x), plain(x, (64,), norm.weight, eps=1e-6))
 
 
-@pytest.mark.parametrize("dtype, stream", [
-    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-@every_kind
-def test_what_flows_between_the_blocks_is_in_bf16_but_never_in_fp16(kind, dtype, stream):
-    model, seen = noisy(**kind), []
-    for block in model.transformer.h:
-        block.register_forward_hook(lambda block, x, y: seen.extend((x[0].dtype, y.dtype)))
-    with torch.autocast("cpu", dtype):
-        model.hidden(torch.randint(320, (2, 32)))
-    assert seen == 6 * [stream]
+def test_what_flows_between_the_blocks_may_be_larger_than_fp16_can_hold():
+    model = small()
+    model.transformer.wpe.weight.data *= 1e7
+    with torch.autocast("cpu", torch.float16):
+        assert model(torch.randint(320, (2, 32))).isfinite().all()
 
 
 @every_kind

@@ -148,7 +148,7 @@ def test_queries_keys_values_and_gates_move_as_matrices_of_their_own(network, la
     assert torch.allclose(p, torch.cat(parts), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, network", [("adamw", {}), ("muon", {}), ("muon", MODERN)])
+@pytest.mark.parametrize("kind, network", [("adamw", {}), ("muon", MODERN)])
 def test_the_state_goes_through_a_checkpoint_and_todays_settings_win(kind, network, tmp_path):
     ours, model = optimizer_of(network, optimizer=kind)
     changes = dict(learning_rate=0.02, weight_decay=0.5, beta2=0.8, momentum=0.9)
@@ -199,24 +199,17 @@ def test_a_warmup_that_leaves_no_room_for_the_decay_is_refused(changes, sentence
         optim.check_schedule(settings(**changes))
 
 
-@pytest.mark.parametrize("change", [
-    lambda average: average[..., :-1], lambda average: average[None], lambda average: [1.0]])
-def test_averages_of_another_shape_are_refused(change):
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_averages_of_another_shape_are_refused(name):
     optimizer, model = optimizer_of({}, optimizer="adamw")
     train(optimizer, model, range(1))
-    for averages in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            right, averages[name] = averages[name], change(averages[name])
-            again, _ = optimizer_of({}, optimizer="adamw")
-            with pytest.raises(UserError, match="no state of this optimizer that fits"):
-                optim.load_state(again, optimizer.state_dict())
-            averages[name] = right
-    optim.load_state(again, optimizer.state_dict())
+    averages = optimizer.state[model.lm_head.weight]
+    averages[name] = averages[name][:-1]
+    with pytest.raises(UserError, match="no state of this optimizer that fits"):
+        optim.load_state(optimizer_of({}, optimizer="adamw")[0], optimizer.state_dict())
 
 
-@pytest.mark.parametrize("state", [
-    {}, {"state": None}, {"state": {"a": 1}}, {"muon": {}}, {"muon": {"state": {}}, "adamw": 1},
-    {"muon": {"state": {}}}])
+@pytest.mark.parametrize("state", [{}, {"state": {"a": 1}}, {"muon": {"state": {}}}])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_what_is_no_state_of_an_optimizer_is_one_sentence(kind, state):
     with pytest.raises(UserError, match="this checkpoint .* --init_from=FOLDER begins with"):

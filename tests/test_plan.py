@@ -122,8 +122,8 @@ def kept_bytes(cfg, recompute):
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
 
 
-@pytest.mark.parametrize("compiled, recompute", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("network", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("network, compiled, recompute", [
+    ({}, False, False), (MODERN, False, False), ({}, True, False), (MODERN, True, True)])
 def test_layers_keep_what_the_formula_says(network, compiled, recompute):
     cfg = small(**network, n_layer=2, n_embd=128, vocab_size=64, compile=compiled)
     c, tokens = GPTConfig.of(cfg), cfg.batch_size * cfg.block_size
@@ -140,19 +140,15 @@ MUON, EAGER = {"optimizer": "muon"}, {"compile": False}
 
 
 @pytest.mark.parametrize("network, shape, settings, fit, traced", [
-    # GiB of steps on tensors without data, in bf16 (dev/LOG.md). All but the last five are at their
+    # GiB of steps on tensors without data, in bf16 (dev/LOG.md). All but the last four are at their
     # peak in the loss, the others in backward or in the optimizer
     ({}, (12, 8, 512), {}, (12, 12288, False), 4.67),
     ({}, (12, 8, 512), {}, (12, 2048, True), 2.89),
-    ({}, (12, 8, 512), {}, (32, 2048, False), 7.65),
-    (MODERN, (12, 6, 768), MUON, (16, 16384, False), 9.28),
     (MODERN, (12, 6, 768), MUON, (16, 2048, True), 6.56),
     (TIED, (12, 8, 512), MUON, (16, 4096, False), 5.06),
-    (MODERN, (16, 8, 1024), {}, (8, 2048, False), 10.30),
     (MODERN, (16, 8, 1024), MUON, (4, 2048, True), 6.27),
     ({}, (12, 8, 512), EAGER, (12, 4096, False), 4.90),
     (MODERN, (12, 6, 768), MUON | EAGER, (16, 4096, False), 11.27),
-    ({}, (24, 16, 1024), {}, (1, 1024, True), 6.61),
     (MODERN, (24, 8, 1024), {"block_size": 512}, (1, 512, False), 7.58),
     (MODERN, (24, 8, 1024), MUON | {"block_size": 64}, (1, 128, False), 6.44),
     (MODERN, (24, 8, 1024), MUON | {"block_size": 64} | EAGER, (1, 128, False), 5.96)])
@@ -216,11 +212,6 @@ def test_a_resumed_run_computes_as_it_did_while_there_is_room():
     assert memory.choose(replace(cfg, batch_size=4), size, GPU, old).batch_size == 4
 
 
-def test_more_processes_than_windows_are_a_sentence_of_the_plan():
-    cfg = small(**FREE | dict(tokens_per_step=1024))
-    assert memory.choose(cfg, size_of(cfg), replace(GPU, count=2)).batch_size == 1
-
-
 def test_a_set_batch_size_stays_and_its_loss_takes_the_room_that_there_is():
     cfg = configure(TrainConfig, [str(PROJECT / "config" / "train_fineweb_4070_one_shard.py")])
     fits = [memory.choose(cfg, size_of(cfg), replace(GPU, room=room * GIB)) for room in (3, 5)]
@@ -270,21 +261,6 @@ def test_time_is_flops_over_a_share_of_the_peak():
         plan_of(cfg, CARD))
 
 
-def test_a_plan_for_a_minute_says_how_short_a_schedule_can_be():
-    planned = plan_of(small(hours=1e-6, warmup_iters=30, lr_schedule="wsd", cooldown=0.5), CARD)
-    assert "hours are 63 to 63 steps" in plan.text(planned)     # 31, and the cooldown
-
-
-def test_a_run_that_is_behind_its_end_has_no_time_left():
-    planned = replace(plan_of(small(max_iters=1000, eval_interval=250), CARD), steps_before=2000)
-    assert plan.seconds(planned, 1e5) == 0
-
-
-def test_numbers_have_three_digits():
-    assert [plan.number(x) for x in (0.01234, 999.4, 999.6, 1234)] == [
-        "0.0123", "999", "1,000", "1,234"]
-
-
 def test_a_plan_for_some_hours_says_how_many_steps_they_are():
     planned = plan_of(small(hours=2.0), CARD)
     fewest, most = re.search(r"2 hours are ([\d,]+) to ([\d,]+) steps", plan.text(planned)).groups()
@@ -294,11 +270,11 @@ def test_a_plan_for_some_hours_says_how_many_steps_they_are():
         assert plan.seconds(as_long, speed) == pytest.approx(0.98 * 7200, rel=0.01)
 
 
-@pytest.mark.parametrize("before, evaluations", [(0, 5), (1, 4), (60, 2), (61, 2), (100, 0)])
+@pytest.mark.parametrize("before, evaluations", [(0, 5), (1, 4), (60, 2), (61, 2), (200, 0)])
 def test_a_resumed_run_plans_what_is_left_at_the_speed_it_had(before, evaluations):
     resumed = plan_of(small(), CARD, steps_before=before, measured=1536.0)
     assert plan.seconds(resumed, 1536.0) == pytest.approx(
-        100 - before + evaluations * 5 * 4 / 24 / 3)
+        max(100 - before, 0) + evaluations * 5 * 4 / 24 / 3)
     assert "at 1,536 tokens/s as measured" in plan.text(resumed)
 
 

@@ -1,7 +1,7 @@
+import importlib.util
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from unittest import mock
@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from conftest import PROJECT, free_port, restoring
+from conftest import free_port, restoring
 from onecard import runtime
 from onecard.settings import UserError
 
@@ -25,25 +25,20 @@ def test_auto_takes_the_best_device_there_is(cuda, mps, kind):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("cuda", "device = 'cuda': torch .* sees no such device here"),
+    ("cuda:5", "device = 'cuda:5': torch .* sees no such device here"),
     ("mps", "device = 'mps': torch .* sees no such device here"),
     ("gpu", "device = 'gpu': use auto, cuda, cuda:1, mps or cpu")])
 def test_a_device_that_is_missing_is_named(name, words):
-    with mock.patch("torch.cuda.is_available", return_value=False), \
+    with mock.patch("torch.cuda.is_available", return_value=True), \
+            mock.patch("torch.cuda.device_count", return_value=1), \
+            mock.patch("torch.backends.mps.is_available", return_value=False), \
             pytest.raises(UserError, match=words):
         runtime.pick_device(name)
 
 
-def test_a_card_that_is_not_there_is_named():
-    with mock.patch("torch.cuda.is_available", return_value=True), \
-            mock.patch("torch.cuda.device_count", return_value=1), \
-            pytest.raises(UserError, match="device = 'cuda:5': torch .* sees no such device here"):
-        runtime.pick_device("cuda:5")
-
-
 @pytest.mark.parametrize("capability, dtype", [
-    ((12, 0), torch.bfloat16), ((8, 9), torch.bfloat16), ((8, 0), torch.bfloat16),
-    ((7, 5), torch.float16), ((6, 1), torch.float32)])
+    ((12, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16),
+    ((6, 1), torch.float32)])
 def test_a_card_computes_in_what_its_generation_has(capability, dtype):
     with mock.patch("torch.cuda.get_device_capability", return_value=capability):
         assert runtime.pick_dtype("auto", CUDA) == dtype
@@ -61,16 +56,6 @@ def test_a_dtype_has_a_name():
     assert runtime.pick_dtype("float16", CPU) == torch.float16
     with pytest.raises(UserError, match="dtype = 'fp8'; use auto, float32, bfloat16, float16"):
         runtime.pick_dtype("fp8", CPU)
-
-
-def test_torch_compile_works_or_its_needs_are_named(capsys):
-    world = runtime.World(CPU)
-    with mock.patch("torch.compile", side_effect=RuntimeError("not on this platform\nlong story")):
-        assert not runtime.can_compile(world)
-    out = capsys.readouterr().out
-    assert "cannot work here" in out and "not on this platform\n" in out and "g++" in out
-    with mock.patch("torch.compile", side_effect=RuntimeError()):       # says nothing
-        assert not runtime.can_compile(world)
 
 
 @pytest.mark.parametrize("release, given, result", [
@@ -102,14 +87,20 @@ def test_on_windows_and_wsl_a_full_card_is_an_error_and_not_a_crawl(monkeypatch,
 
 
 @pytest.mark.parametrize("name, is_ours", [("plain-1.0", True), ("it's mine", False)])
-def test_compiled_code_is_kept_in_the_project_where_its_path_suits_a_compiler(work, name, is_ours):
-    shutil.copytree(PROJECT / "onecard", work / name / "onecard")
-    command = ("import os; from onecard import runtime; runtime.start('cpu'); "
-               "print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))")
-    env = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
-    out = subprocess.run([sys.executable, "-c", command], cwd=work / name, env=env, check=True,
-                         capture_output=True, text=True).stdout.strip()
-    assert out == (str(work / name / ".cache/inductor") if is_ours else "None")
+def test_compiled_code_is_kept_in_the_project_where_its_path_suits_a_compiler(
+        work, monkeypatch, name, is_ours):
+    copy = work / name / "onecard" / "runtime.py"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(runtime.__file__, copy)
+    spec = importlib.util.spec_from_file_location("runtime_elsewhere", copy)
+    elsewhere = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, elsewhere)
+    spec.loader.exec_module(elsewhere)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    elsewhere.start("cpu")
+    ours = str(work / name / ".cache/inductor") if is_ours else None
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == ours
 
 
 def test_a_closed_terminal_stops_a_run_however_often_it_says_so_but_not_under_nohup():
@@ -122,20 +113,6 @@ def test_a_closed_terminal_stops_a_run_however_often_it_says_so_but_not_under_no
         stop = runtime.stop_event()                     # SIGHUP is ignored now, as by nohup
         signal.raise_signal(signal.SIGHUP)
         assert not stop.is_set()
-
-
-def test_random_state_goes_on_where_it_was():
-    torch.manual_seed(3)
-    state = runtime.rng_state(CPU)
-    a = torch.rand(4)
-    runtime.set_rng_state(state, CPU)
-    assert torch.equal(torch.rand(4), a)
-
-
-def test_one_process_is_a_world():
-    world = runtime.World(CPU)
-    assert world.is_main and world.any(True) and not world.any(False) and world.gather(5) == [5]
-    assert world.sum(torch.ones(2)).tolist() == world.mean(torch.ones(2)).tolist() == [1, 1]
 
 
 def join(rank, folder, port):
@@ -153,16 +130,13 @@ def join(rank, folder, port):
     with mock.patch("torch.distributed.new_group", late_group):
         world = runtime.start("cpu")
     (folder / f"{rank} started").write_text(str(time.time()))
-    assert world.sum(torch.tensor([rank + 1.0])).item() == 3
-    assert world.mean(torch.tensor([rank + 1.0])).item() == 1.5
-    assert world.gather(rank) == [0, 1] and world.any(rank == 1)
-    world.wait()
     world.close()
 
 
 def test_no_process_starts_before_all_have_joined(tmp_path):
     """One that stops with an error would take the store away from those that still need it."""
-    torch.multiprocessing.spawn(join, (tmp_path, free_port()), nprocs=2)
+    torch.multiprocessing.start_processes(join, (tmp_path, free_port()), nprocs=2,
+                                          start_method="fork")
     first, last = (float((tmp_path / name).read_text())
                    for name in ("0 started", "1 has its groups"))
     assert first >= last

@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import termios
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +14,13 @@ import pytest
 import torch
 
 import train
-from conftest import PROJECT, documents, free_port, run, script, write_nanogpt, write_parquet
+from conftest import PROJECT, documents, free_port, run, write_nanogpt, write_parquet
 from model import GPT, GPTConfig
 from onecard import optim
 from onecard.dataset import Dataset
 from onecard.runlog import read_log
 from onecard.settings import UserError, configure
-from tiny_run import (
-    MUON,
-    TINY,
-    arguments,
-    log,
-    run_tiny,
-    same,
-    saved,
-    start,
-    weights,
-)
+from tiny_run import MUON, TINY, contents, log, run_tiny, same, saved, start, weights
 from train import TrainConfig
 
 
@@ -42,9 +30,10 @@ def windows(data, numbers):
     return ids[:, :-1], ids[:, 1:]
 
 
-def test_the_loss_falls_and_the_log_has_every_step(tiny):
+def test_the_loss_falls_and_the_log_has_every_step(tiny, capsys):
     run_tiny(max_iters=60, lr_decay_iters=60, eval_interval=20)
-    entries = log()
+    entries, out = log(), capsys.readouterr().out
+    assert "warning    letters does not say" in out and out.index("epochs") < out.index("step 0:")
     assert entries[1, "train_loss"] == pytest.approx(math.log(64), abs=0.2)
     # three ids may follow each one
     assert math.log(3) < entries[60, "val_loss"] < entries[0, "val_loss"] - 2
@@ -83,7 +72,8 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
     for out_dir, batch, accumulate in (("out-a", 8, 1), ("out-b", 2, 4), ("out-c", 1, 8)):
         run_tiny(out_dir=out_dir, batch_size=batch, gradient_accumulation_steps=accumulate,
                  eval_iters=24 // batch)
-    run_tiny(out_dir="out-d", batch_size=2, tokens_per_step=8 * 16, eval_iters=12)
+    run_tiny(out_dir="out-d", batch_size=0, tokens_per_step=8 * 16, eval_iters=2)   # what fits
+    assert saved(out_dir="out-d")["config"]["batch_size"] == 8
     a = log("out-a")
     for out_dir in ("out-b", "out-c", "out-d"):
         other = log(out_dir)
@@ -91,7 +81,7 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
         assert all(other[k] == pytest.approx(a[k], rel=1e-4) for k in a)
 
 
-@pytest.mark.parametrize("eval_iters, batch_size", [(5, 4), (1000, 7), (1000, 64)])
+@pytest.mark.parametrize("eval_iters, batch_size", [(5, 4), (1000, 64)])
 def test_validation_is_the_mean_over_the_first_windows_or_all(tiny, eval_iters, batch_size):
     run_tiny(eval_iters=eval_iters, batch_size=batch_size, max_iters=1)
     data = Dataset("data/letters", "val", 16)
@@ -100,12 +90,6 @@ def test_validation_is_the_mean_over_the_first_windows_or_all(tiny, eval_iters, 
     with torch.no_grad():
         loss = model(*windows(data, range(n))).item()
     assert log()[1, "val_loss"] == pytest.approx(loss, rel=1e-5)
-
-
-def test_how_often_it_is_evaluated_changes_nothing_else(tiny):
-    run_tiny(out_dir="out-a", dropout=0.2, eval_interval=1)
-    run_tiny(out_dir="out-b", dropout=0.2, eval_interval=100)
-    assert same(weights("out-a"), weights("out-b"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -120,9 +104,8 @@ def test_mixed_precision_follows_fp32(tiny, dtype):
 def test_compiled_training_is_eager_training(tiny):
     settings = dict(max_iters=4, n_layer=1)     # each layer takes seconds to compile
     run_tiny(out_dir="out-eager", **settings)
-    done = script("train.py", *arguments(out_dir="out-compiled", compile=True, **settings),
-                  cwd=tiny)
-    assert "compiling the model" in done.stdout
+    process = start(tiny, out_dir="out-compiled", compile=True, **settings)
+    assert "compiling the model" in process.communicate()[0]
     a, b = log("out-eager"), log("out-compiled")
     assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-3) for k in a)
     assert weights("out-compiled").keys() == weights("out-eager").keys()    # no _orig_mod.
@@ -132,36 +115,35 @@ def test_without_a_compiler_it_names_what_is_missing_and_goes_on(tiny, monkeypat
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     run_tiny(compile=True, max_iters=1)
-    assert "torch.compile cannot work here" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "torch.compile cannot work here" in out and "g++" in out
 
 
 def test_muon_and_the_modern_network_learn_faster(tiny):
-    run_tiny(max_iters=60, eval_interval=60, eval_iters=20, **MUON)
-    run_tiny(out_dir="out-gpt2", max_iters=60, lr_decay_iters=60, eval_interval=60, eval_iters=20)
+    settings = dict(max_iters=30, lr_decay_iters=30, eval_interval=30, eval_iters=20)
+    run_tiny(**settings, **MUON)
+    run_tiny(out_dir="out-gpt2", **settings)
     modern, gpt2 = log(), log("out-gpt2")
     assert modern[0, "val_loss"] == pytest.approx(math.log(64), abs=1e-4)
-    assert modern[60, "val_loss"] < gpt2[60, "val_loss"] < modern[0, "val_loss"] - 0.5
+    assert modern[30, "val_loss"] < gpt2[30, "val_loss"] < modern[0, "val_loss"] - 0.5
 
 
-@pytest.mark.parametrize("name", ["evening", "overnight", "week", "64m"])
+@pytest.mark.parametrize("name", ["evening", "week", "64m"])
 def test_the_recipes_train(tiny, name):
     """As they are, but small."""
     cfg = configure(TrainConfig, [str(PROJECT / f"config/train_fineweb_4070_{name}.py")])
     small = ("dataset", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "batch_size",
              "gradient_accumulation_steps", "eval_iters", "device", "dtype", "compile")
-    cfg = replace(cfg, **{key: TINY[key] for key in small}, tokens_per_step=0, max_iters=80,
+    cfg = replace(cfg, **{key: TINY[key] for key in small}, tokens_per_step=0, max_iters=40,
                   warmup_iters=5, log_interval=1, momentum_warmup=20, eval_interval=50)
-    train.main(cfg)
+    run_tiny(**vars(cfg))
     entries = log(cfg.out_dir)
-    assert entries[80, "val_loss"] < entries[0, "val_loss"] - 0.8
+    assert entries[40, "val_loss"] < entries[0, "val_loss"] - 0.8
     assert saved("stable.pt", cfg.out_dir)["iter_num"] == optim.cooldown_start(cfg)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(lr_decay_iters=10**6), dict(lr_schedule="wsd", cooldown=0.5)], ids=["cosine", "wsd"])
-def test_a_run_is_fitted_to_its_hours_and_a_resumed_one_ends_at_the_same_step(
-        tiny, capsys, settings):
-    hours = dict(hours=0.001, max_iters=10**6, eval_interval=200, **settings)      # 3.6 s
+def test_a_run_is_fitted_to_its_hours_and_a_resumed_one_ends_at_the_same_step(tiny, capsys):
+    hours = dict(hours=0.001, max_iters=10**6, lr_decay_iters=10**6, eval_interval=200)     # 3.6 s
     run_tiny(max_hours=0.0005, **hours)
     fitted, = re.findall(r"hours      ([\d,]+) steps fit into 0.001 hours", capsys.readouterr().out)
     fitted = int(fitted.replace(",", ""))
@@ -177,8 +159,8 @@ def test_a_run_is_fitted_to_its_hours_and_a_resumed_one_ends_at_the_same_step(
 
 def test_hours_that_are_too_few_take_the_shortest_schedule(tiny):
     run_tiny(hours=1e-6, max_iters=10**6, warmup_iters=30, lr_schedule="wsd", cooldown=0.5)
-    assert saved()["iter_num"] == 63 and optim.cooldown_start(
-        TrainConfig(**saved()["config"])) >= 30
+    assert saved()["iter_num"] == 63 and saved("stable.pt")["iter_num"] >= 30
+    assert log()[63, "lr"] < 2e-3                       # min_lr is 1e-3, the highest was 1e-2
 
 
 @pytest.mark.parametrize("settings", [{}, dict(lr_schedule="wsd", cooldown=0.5)])
@@ -190,15 +172,14 @@ def test_hours_change_no_run_that_decays_its_rate_already(tiny, settings):
 
 
 def test_one_can_watch_it_learn_and_that_changes_nothing(tiny, capsys):
-    letters = dict(dataset="tiny", vocab_size=50304, dropout=0.2, max_iters=8, eval_interval=4)
-    run_tiny(out_dir="out-quiet", **letters, sample_tokens=0)
+    letters = dict(dataset="tiny", vocab_size=50304, dropout=0.2, max_iters=2, eval_interval=1)
+    run_tiny(out_dir="out-quiet", **letters | dict(eval_interval=100), sample_tokens=0)
     assert "it writes" not in capsys.readouterr().out
     run_tiny(**letters, sample_tokens=20)
     assert capsys.readouterr().out.count("\n    it writes: ") == 2         # not at step 0
     samples = [entry["sample"] for entry in read_log("out/log.jsonl") if "val_loss" in entry]
     assert len(samples) == 3 and all(samples) and samples[0] != samples[-1]
-    a, b = weights("out-quiet"), weights()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same(weights("out-quiet"), weights())
 
 
 # several processes, other data
@@ -212,8 +193,8 @@ def two_processes(folder, local_ranks="01", **settings):
     return [process.returncode for process in processes], outputs
 
 
-@pytest.mark.parametrize("settings, local_ranks", [({}, "01"), (MUON, "01"), ({}, "00")],
-                         ids=["adamw", "muon", "on two machines"])
+@pytest.mark.parametrize("settings, local_ranks", [({}, "01"), (MUON, "00")],
+                         ids=["adamw on one machine", "muon on two machines"])
 def test_two_processes_give_the_losses_of_one(tiny, settings, local_ranks):
     run_tiny(out_dir="out-one", eval_iters=5, **settings)
     codes, outputs = two_processes(tiny, local_ranks, out_dir="out-two", eval_iters=5, **settings)
@@ -228,10 +209,10 @@ def test_two_processes_give_the_losses_of_one(tiny, settings, local_ranks):
 
 
 def test_a_step_that_the_processes_cannot_share_is_named(tiny):
-    codes, outputs = two_processes(tiny, gradient_accumulation_steps=3)
+    codes, outputs = two_processes(tiny, batch_size=0, tokens_per_step=16)
     assert codes == [1, 1]
     for output in outputs:
-        assert "a step has 12 windows, which 2 processes cannot share" in output
+        assert "a step has 1 windows, which 2 processes cannot share" in output
 
 
 def test_missing_data_is_prepared_first(work, capsys):
@@ -248,46 +229,29 @@ def test_a_nanogpt_folder_of_characters_trains(work):
     (folder / "meta.pkl").write_bytes(pickle.dumps({
         "vocab_size": len(letters), "stoi": {c: i for i, c in enumerate(letters)},
         "itos": dict(enumerate(letters))}))
-    run_tiny(dataset="chars", max_iters=60, lr_decay_iters=60, eval_interval=60)
+    run_tiny(dataset="chars", max_iters=20, lr_decay_iters=20, eval_interval=20)
     assert saved()["model_args"]["vocab_size"] == len(letters)
-    assert log()[60, "val_loss"] < 0.7 * log()[0, "val_loss"]
+    assert log()[20, "val_loss"] < 0.7 * log()[0, "val_loss"]
 
 
 # reports
-
-def test_the_plan_comes_before_the_first_step(tiny, capsys):
-    run_tiny(max_iters=3, batch_size=3, dataset="tiny", vocab_size=50304)
-    out = capsys.readouterr().out
-    data = Dataset("data/tiny", "train", 16)
-    assert f"{data.n_tokens:,} tokens" in out and "96 tokens" in out
-    assert f" = {3 * 6 / data.n_windows:.3g} epochs" in out
-    assert "warning" not in out and out.index("epochs") < out.index("step 0: val loss")
-
 
 def test_a_dry_run_prints_the_plan_without_data_and_changes_nothing(work, capsys):
     run(train, PROJECT / "config/train_fineweb_4070_one_shard.py", "--dry_run",
         "--device_name=RTX 4070", "--n_tokens=700_000_000")
     out = capsys.readouterr().out
     assert "64.0 M parameters" in out and "491,520 tokens" in out and "122.88 G tokens" in out
-    assert not list(work.iterdir())
-    run(train, "--dry_run", "--dataset=nothing", "--n_layer=1")
-    assert not list(work.iterdir())
-
-
-def test_a_dry_run_leaves_an_unprepared_folder_alone(work, capsys):
-    write_parquet("data/mine/a.parquet", documents(200))
+    write_parquet("data/mine/a.parquet", documents(200))    # not prepared
     before = sorted(work.rglob("*"))
-    run(train, "--dry_run", "--dataset=mine", "--device_name=RTX 4070")
+    for dataset in ("nothing", "mine"):
+        run(train, "--dry_run", f"--dataset={dataset}", "--n_layer=1")
     assert sorted(work.rglob("*")) == before
 
 
 def test_the_bar_shows_loss_rate_and_epoch_on_a_terminal(tiny):
-    pty = pytest.importorskip("pty")
-    leader, follower = pty.openpty()
+    leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"),
-                                *arguments(max_iters=40)], cwd=tiny, stdout=follower,
-                               stderr=follower)
+    process = start(tiny, terminal=follower, max_iters=40)
     os.close(follower)
     out = b""
     while True:
@@ -302,10 +266,10 @@ def test_the_bar_shows_loss_rate_and_epoch_on_a_terminal(tiny):
 
 def test_eval_only_evaluates_and_changes_nothing(tiny, capsys):
     run_tiny(max_iters=6)
-    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    before = contents("out")
     run_tiny(init_from="resume", eval_only=True)
     assert f"step 6: val loss {log()[6, 'val_loss']:.4f}" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert contents("out") == before
 
 
 def test_a_run_folder_can_run_itself_again(tiny):
@@ -335,9 +299,3 @@ def test_tensorboard_gets_the_numbers_also_of_a_resumed_run(tiny):
                   if field in entry}
         found = {scalar.step: scalar.value for scalar in events.Scalars(name)}
         assert found == pytest.approx(logged, rel=1e-6) and max(found) == 4
-
-
-def test_a_process_that_is_started_by_hand_prints_lines_in_a_pipe(tiny):
-    process = start(tiny, max_iters=4)
-    out = process.communicate()[0]
-    assert process.returncode == 0 and "step 4/4: loss" in out

@@ -1,7 +1,9 @@
 """A run of train.py that takes a tenth of a second, and what it leaves behind."""
+import fcntl
 import os
 import subprocess
 import sys
+import termios
 import traceback
 from pathlib import Path
 
@@ -49,13 +51,16 @@ def arguments(**settings):
     return [f"--{key}={value}" for key, value in {**TINY, **settings}.items()]
 
 
-def start(folder, env=None, **settings):
+def start(folder, env=None, terminal=None, **settings):
     """Start train.py as a process of its own that prints a line for every step at once.
 
     It is a copy of this process, which has imported everything: that saves four seconds. Popen
     calls main() in the copy, and instead of the program that it would start then, the copy ends.
+    With a file descriptor `terminal`, it prints there, and ends when that closes.
     """
     def main():
+        if terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY)
         os.closerange(3, 1000)              # Popen waits until one of these is closed
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
         os.environ.update(env or {})
@@ -72,8 +77,9 @@ def start(folder, env=None, **settings):
             code = 1
         os._exit(code)
 
-    return subprocess.Popen(["train.py"], cwd=folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, preexec_fn=main,
+    return subprocess.Popen(["train.py"], cwd=folder, stdin=terminal,
+                            stdout=terminal or subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, preexec_fn=main, start_new_session=bool(terminal),
                             restore_signals=False)      # as in any other Python
 
 
@@ -83,6 +89,11 @@ def wait_for(process, words):
         if words in line:
             return
     raise AssertionError(f"it ended without {words!r}")
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
 
 
 def log(out_dir="out"):
