@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import open_model
-from onecard import checkpoint, runtime, tokenizer
+from onecard import checkpoint, runtime, tokenizers
 from onecard.datafiles import folder_of
 from onecard.dataset import Dataset
 from onecard.settings import UserError, configure_and_run, in_range, one_of
@@ -58,15 +58,15 @@ def read_documents(cfg, folder, models):
     """The ids of each document, and the bytes of its text. UserError for another vocabulary."""
     data = Dataset(folder, cfg.split, block_size=1)
     for opened in models:
-        vocabulary = tokenizer.of_dataset(folder, opened.model.config.vocab_size)
-        if vocabulary.identity != opened.vocabulary.identity:
+        tokenizer = tokenizers.of_dataset(folder, opened.model.config.vocab_size)
+        if tokenizer.identity != opened.tokenizer.identity:
             raise UserError(f"{opened.label} has another vocabulary than {folder}")
-        data.check_vocabulary(vocabulary.n_vocab)
+        data.check_vocabulary(tokenizer.n_vocab)
     n_documents = cfg.max_documents or data.n_documents
     documents = np.split(np.asarray(data.tokens), data.starts[1:-1])[:n_documents]
     if max(map(len, documents)) < 2:
         raise UserError(f"{folder} {cfg.split} has no document with a token to predict")
-    bytes_of_id = np.array([len(vocabulary.decode_bytes([i])) for i in range(vocabulary.n_vocab)])
+    bytes_of_id = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
     n_bytes = [bytes_of_id[ids[1:]].sum() for ids in documents]     # not of the end-of-text token
     return documents, np.array(n_bytes)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model import open_model
-from onecard import checkpoint, gguf, pretrained, tokenizer
+from onecard import checkpoint, gguf, pretrained, tokenizers
 from onecard.datafiles import folder_of
 from onecard.settings import UserError, configure_and_run, one_of
 
@@ -68,9 +68,9 @@ def check_hf(folder, model, dataset):
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     n_ids = 0
     for document in own_documents(dataset):
-        is_gpt2 = max(document, default=0) < tokenizer.N_VOCAB
+        is_gpt2 = max(document, default=0) < tokenizers.N_VOCAB
         if is_gpt2:
-            text = tokenizer.gpt2().decode(document)
+            text = tokenizers.gpt2().decode(document)
             # if "<|endoftext|>" stands in a text, transformers reads the special token
             ids = hf_tokenizer(text, verbose=False)["input_ids"]        # no warning of a long text
             is_gpt2 = "<|endoftext|>" in text or ids == document
@@ -93,7 +93,7 @@ def own_documents(dataset):
     if not path.is_file():
         return []
     ids = np.fromfile(path, np.uint16, count=CHECKED_IDS)
-    starts = np.flatnonzero(ids == tokenizer.END_OF_TEXT)
+    starts = np.flatnonzero(ids == tokenizers.END_OF_TEXT)
     return [ids[begin + 1:end].tolist()
             for begin, end in zip(starts[:-1], starts[1:], strict=True)]
 
@@ -102,7 +102,7 @@ def own_documents(dataset):
 def compare_logits(model, theirs):
     """The largest difference between the logits of both. RuntimeError if it is too large."""
     generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(tokenizer.N_VOCAB, (2, model.config.block_size), generator=generator)
+    idx = torch.randint(tokenizers.N_VOCAB, (2, model.config.block_size), generator=generator)
     logits = model(idx)                                                       # (2, T, V)
     difference = (logits - theirs(idx).logits).abs().max().item()
     limit = TOLERANCE * max(1.0, logits.abs().max().item())
@@ -119,7 +119,7 @@ def main(cfg):
         raise UserError(f"{to} is there already, and stays as it is; --to=OTHER writes elsewhere")
     opened = open_model(source)
     model, label = opened.model, opened.label
-    if opened.vocabulary.identity != tokenizer.VOCABULARY_SHA256:
+    if opened.tokenizer.identity != tokenizers.VOCABULARY_SHA256:
         raise UserError(f"{label} has a vocabulary of its own ({model.config.vocab_size} ids), "
                         "and an export needs GPT-2's")
     size = model.count_parameters()["total"] / 1e6

@@ -12,7 +12,7 @@ import torch._functorch.config  # what backward recomputes; torch has no public 
 import torch.nn as nn
 from torch.nn import functional as F
 
-from onecard import checkpoint, tokenizer
+from onecard import checkpoint, tokenizers
 from onecard.attention import causal_attention, rotary_angles, rotate
 from onecard.loss import SMALLEST_CHUNK, linear_cross_entropy, loss_of_logits
 from onecard.runtime import product_dtype
@@ -345,17 +345,17 @@ class OpenedModel:
     """A trained model, ready for use."""
     model: GPT                          # on the CPU
     label: str                          # to print
-    vocabulary: object                  # its tokenizer
+    tokenizer: object                   # of its ids, see onecard/tokenizers.py
     dataset: str                        # name of its training data; "" if it is not known
 
 
 def open_model(name):
     """The model in a run's folder, a .pt file, "gpt2", ..., or a folder of transformers."""
     parts, label = checkpoint.read(name)
-    model, vocabulary = GPT.from_checkpoint(parts), tokenizer.of_checkpoint(parts)
-    if isinstance(vocabulary, tokenizer.UnknownTokenizer):
+    model, tokenizer = GPT.from_checkpoint(parts), tokenizers.of_checkpoint(parts)
+    if isinstance(tokenizer, tokenizers.UnknownTokenizer):
         raise UserError(f"{label}: its {model.config.vocab_size:,} ids are neither GPT-2's nor "
                         "characters of a known dataset, so they cannot become text. For nanoGPT's "
                         "characters, the folder with their meta.pkl must be under data/")
     dataset = parts.get("config", {}).get("dataset", "")
-    return OpenedModel(model, label, vocabulary, str(dataset))
+    return OpenedModel(model, label, tokenizer, str(dataset))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model import open_model
-from onecard import checkpoint, runtime, tokenizer
+from onecard import checkpoint, runtime, tokenizers
 from onecard.files import text_encoding
 from onecard.generate import SamplingConfig, generate
 from onecard.settings import UserError, configure_and_run, in_range
@@ -51,34 +51,34 @@ def read_start(start):
         raise UserError(f"start = {start!r} must name a text file in UTF-8: {error}") from None
 
 
-def encode_prompt(text, vocabulary, block_size):
+def encode_prompt(text, tokenizer, block_size):
     """The tokens of `text`, after the token that begins each document of the training data."""
-    is_gpt2 = isinstance(vocabulary, tokenizer.GPT2Tokenizer)
+    is_gpt2 = isinstance(tokenizer, tokenizers.GPT2Tokenizer)
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
-    ids = vocabulary.encode(text).tolist()
+    ids = tokenizer.encode(text).tolist()
     if is_gpt2 or not ids:              # a model of characters needs a start only without a text
-        ids = [vocabulary.start] + ids
+        ids = [tokenizer.start] + ids
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; the model sees the last {block_size:,} of "
               "them", file=sys.stderr)      # generate() cuts them
     return ids
 
 
-def continuation(model, vocabulary, ids, cfg):
+def continuation(model, tokenizer, ids, cfg):
     """Yield what the model writes after the tokens `ids`, a piece of text for each token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a letter
-    for token in generate(model, ids, cfg, vocabulary.n_vocab):
-        yield decoder.decode(vocabulary.decode_bytes([token]))
+    for token in generate(model, ids, cfg, tokenizer.n_vocab):
+        yield decoder.decode(tokenizer.decode_bytes([token]))
 
 
-def write_samples(model, vocabulary, text, cfg):
+def write_samples(model, tokenizer, text, cfg):
     """Print continuations of `text` as they come."""
-    ids = encode_prompt(text, vocabulary, model.config.block_size)
+    ids = encode_prompt(text, tokenizer, model.config.block_size)
     n_tokens, start_time = 0, time.perf_counter()
     for n in range(cfg.num_samples):
         print(f"---- sample {n + 1} ----\n{text}", end="", flush=True)
-        for piece in continuation(model, vocabulary, ids, replace(cfg, seed=cfg.seed + n)):
+        for piece in continuation(model, tokenizer, ids, replace(cfg, seed=cfg.seed + n)):
             print(piece, end="", flush=True)
             n_tokens += 1
         print()
@@ -87,7 +87,7 @@ def write_samples(model, vocabulary, text, cfg):
           file=sys.stderr)
 
 
-def interact(model, vocabulary, text, cfg):
+def interact(model, tokenizer, text, cfg):
     """Ask for the beginning of a text, continue it, and ask again."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401       # arrow keys in input(); Windows has them anyway
@@ -96,9 +96,9 @@ def interact(model, vocabulary, text, cfg):
     for seed in itertools.count(cfg.seed):      # each text gets a new seed
         try:
             text = input("\n> ") or text
-            ids = encode_prompt(text, vocabulary, model.config.block_size)
+            ids = encode_prompt(text, tokenizer, model.config.block_size)
             print(text, end="", flush=True)
-            for piece in continuation(model, vocabulary, ids, replace(cfg, seed=seed)):
+            for piece in continuation(model, tokenizer, ids, replace(cfg, seed=seed)):
                 text += piece
                 print(piece, end="", flush=True)
             print()
@@ -125,7 +125,7 @@ def main(cfg):
     action = interact if cfg.interactive else write_samples
     try:
         with runtime.World(device, dtype).autocast():
-            action(model.to(device), opened.vocabulary, text, cfg)
+            action(model.to(device), opened.tokenizer, text, cfg)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise

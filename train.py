@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import GPT, GPTConfig
-from onecard import advice, cards, dataset, memory, optim, plan, resume, runtime, tokenizer
+from onecard import advice, cards, dataset, memory, optim, plan, resume, runtime, tokenizers
 from onecard.datafiles import folder_of
 from onecard.dataset import Batches, Dataset, fixed_batches
 from onecard.divergence import Guard
@@ -141,27 +141,27 @@ class TrainConfig(GPTConfig):
 
 # before the run
 
-def network_of(cfg, saved):
+def model_config_of(cfg, saved):
     """The run's GPTConfig: from the checkpoint `saved` (a dict) if there is one, else from cfg."""
     if saved:
-        network = GPTConfig.from_checkpoint(saved)
-        if cfg.block_size > network.block_size:
+        model_config = GPTConfig.from_checkpoint(saved)
+        if cfg.block_size > model_config.block_size:
             raise UserError(f"block_size = {cfg.block_size}, but the context of this model is "
-                            f"{network.block_size} tokens; use at most that")
-        return replace(network, dropout=cfg.dropout, block_size=cfg.block_size)
-    vocabulary = tokenizer.of_dataset(folder_of(cfg.dataset), cfg.vocab_size)
-    if isinstance(vocabulary, tokenizer.CharTokenizer):     # has far fewer ids than 50,304
-        return GPTConfig.of(cfg, vocab_size=vocabulary.n_vocab)
+                            f"{model_config.block_size} tokens; use at most that")
+        return replace(model_config, dropout=cfg.dropout, block_size=cfg.block_size)
+    tokenizer = tokenizers.of_dataset(folder_of(cfg.dataset), cfg.vocab_size)
+    if isinstance(tokenizer, tokenizers.CharTokenizer):     # has far fewer ids than 50,304
+        return GPTConfig.of(cfg, vocab_size=tokenizer.n_vocab)
     return GPTConfig.of(cfg)
 
 
-def plan_of(cfg, network, machine, known_tokens=None, past=None):
+def plan_of(cfg, model_config, machine, known_tokens=None, past=None):
     """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits."""
     past = past or {}                   # the checkpoint of a run that goes on
     with torch.device("meta"):          # a model without memory, only to count its parameters
-        model = GPT(network)
+        model = GPT(model_config)
     n = model.count_parameters()
-    size = plan.Size(network, n["total"], n["blocks"], model.flops_per_token())
+    size = plan.Size(model_config, n["total"], n["blocks"], model.flops_per_token())
     # how a micro-batch is computed: batch_size, chunk of the loss, recompute. A run that goes on
     # keeps its fit, so that it rounds as before, and its val windows: so its losses compare
     fit = memory.choose(cfg, size, machine, past.get("fit"))
@@ -185,7 +185,7 @@ def recipe_advice(cfg, machine, known_tokens):
     return advice.text(recipes, cfg.hours)
 
 
-def make_plan(cfg, network, saved, world):
+def make_plan(cfg, model_config, saved, world):
     """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
     past = saved if resume.goes_on(cfg) else {}     # init_from: resume or FILE.pt
     cfg = resume.with_fitted_steps(cfg, past, world)        # keep what --hours chose at its start
@@ -197,7 +197,7 @@ def make_plan(cfg, network, saved, world):
     # room: bytes that are free for the run. The GPU with the least decides for all
     machine = replace(machine, room=min(world.gather(machine.room)))
     known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
-    run_plan = plan_of(cfg, network, machine, known_tokens, past)
+    run_plan = plan_of(cfg, model_config, machine, known_tokens, past)
     cfg = run_plan.cfg
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
@@ -217,25 +217,25 @@ def make_plan(cfg, network, saved, world):
     return run_plan
 
 
-def open_data(cfg, network, saved, world):
+def open_data(cfg, model_config, saved, world):
     """The two splits of the dataset, and the tokenizer of its ids."""
     folder = folder_of(cfg.dataset)
     train_data = Dataset(folder, "train", cfg.block_size, cfg.seed)
     val_data = Dataset(folder, "val", cfg.block_size)       # no seed: it is never shuffled
-    train_data.check_vocabulary(network.vocab_size)
-    val_data.check_vocabulary(network.vocab_size)
-    vocabulary = tokenizer.of_dataset(folder, network.vocab_size)
-    resume.check_tokenizer(cfg, saved, vocabulary, world)   # a saved model must have the same ids
-    return train_data, val_data, vocabulary
+    train_data.check_vocabulary(model_config.vocab_size)
+    val_data.check_vocabulary(model_config.vocab_size)
+    tokenizer = tokenizers.of_dataset(folder, model_config.vocab_size)
+    resume.check_tokenizer(cfg, saved, tokenizer, world)   # a saved model must have the same ids
+    return train_data, val_data, tokenizer
 
 
-def make_state(cfg, network, saved, fixed_parts, world):
+def make_state(cfg, model_config, saved, fixed_parts, world):
     """The State of the run: new, or as the checkpoint `saved` has it.
 
     `fixed_parts` are what every checkpoint of the run holds besides, such as checksums of its data.
     """
     torch.manual_seed(cfg.seed)
-    model = GPT(network)
+    model = GPT(model_config)
     if saved:
         model.load_weights(saved)
     model.to(world.device)
@@ -266,21 +266,21 @@ def evaluate(batches, model, val_data, n_windows):
     return (batches.world.sum(loss_sum) / n_windows).item()     # n_windows are of all ranks
 
 
-def sample(model, vocabulary, cfg, world):
+def sample(model, tokenizer, cfg, world):
     """Let the model write a new document, always with the same seed.
 
     The run's own random numbers stay as they are.
     """
-    can_decode = vocabulary.n_vocab is not None         # None: an unknown tokenizer
+    can_decode = tokenizer.n_vocab is not None         # None: an unknown tokenizer
     if not (world.is_main and cfg.sample_tokens and can_decode):
         return ""
     sampling = SamplingConfig(max_new_tokens=cfg.sample_tokens)
     model.eval()
     with world.autocast():
-        ids = list(generate(model, [vocabulary.start], sampling, vocabulary.n_vocab,
+        ids = list(generate(model, [tokenizer.start], sampling, tokenizer.n_vocab,
                             fixed_shapes=False))        # they would pay only for longer samples
     model.train()
-    return vocabulary.decode_bytes(ids).decode("utf-8", "replace")
+    return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def forward_backward(batches, ddp_model, step, scaler):
@@ -351,8 +351,8 @@ def main(cfg):
     saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
-    network = network_of(cfg, saved)
-    run_plan = make_plan(cfg, network, saved, world)
+    model_config = model_config_of(cfg, saved)
+    run_plan = make_plan(cfg, model_config, saved, world)
     cfg = run_plan.cfg
     if cfg.dry_run:
         return
@@ -360,13 +360,13 @@ def main(cfg):
     # data: an epoch shuffles all documents, joins them and cuts them into windows of block_size
     # tokens. Windows are numbered through all epochs: number w is in epoch w // n_windows. Step s
     # takes the windows from number s * windows_per_step on. So a resume needs only the step
-    train_data, val_data, vocabulary = open_data(cfg, network, saved, world)
+    train_data, val_data, tokenizer = open_data(cfg, model_config, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
     n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
 
     # model, optimizer, loss scaler, step; the fixed parts go into every checkpoint
-    fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, vocabulary)
-    state = make_state(cfg, network, saved, fixed_parts, world)
+    fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, tokenizer)
+    state = make_state(cfg, model_config, saved, fixed_parts, world)
     model, optimizer, scaler, progress = state.model, state.optimizer, state.scaler, state.progress
     del saved                                   # as large as the model and its optimizer
 
@@ -381,7 +381,7 @@ def main(cfg):
         model.compile(run_plan.fit.recompute, dynamic=False)    # in place: no _orig_mod. in names
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
-    guard = Guard(network.vocab_size, scaler)   # stops a run that diverges
+    guard = Guard(model_config.vocab_size, scaler)  # stops a run that diverges
     stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
     gc.freeze()                                 # save() shall collect only what comes from now on
@@ -399,7 +399,7 @@ def main(cfg):
         evaluates = cfg.eval_only or (due and not just_resumed)
         if evaluates:
             progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_val)
-            log.evaluation(progress.val_loss, sample(model, vocabulary, cfg, world))
+            log.evaluation(progress.val_loss, sample(model, tokenizer, cfg, world))
         if cfg.eval_only:
             break
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from onecard.files import DATA, lock, replace, sha256, unlock, write_text
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from onecard.tokenizers import END_OF_TEXT, GPT2Tokenizer
 
 FORMAT = 1                              # of meta.json and the files that it describes
 SPLITS = ("train", "val")

@@ -20,7 +20,7 @@ from onecard.datafiles import folder_of
 from onecard.files import sha256
 from onecard.runtime import PROJECT
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT
+from onecard.tokenizers import END_OF_TEXT
 
 CHUNK = 1 << 24                         # tokens that are searched for documents at a time
 LLM_C = {20240520: 2, 20240801: 4}      # {first int32 of a file of llm.c: bytes of its ids}

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from onecard.settings import import_package
-from onecard.tokenizer import END_OF_TEXT, VOCABULARY, GPT2Tokenizer, gpt2
+from onecard.tokenizers import END_OF_TEXT, VOCABULARY, GPT2Tokenizer, gpt2
 
 START = np.array([END_OF_TEXT], np.uint16)      # stands before every document
 RENEW_TOKENS = 48 << 20                 # by then, gigatoken remembers up to a gigabyte of words

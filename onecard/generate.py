@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from onecard.runtime import product_dtype
 from onecard.settings import UserError, in_range
-from onecard.tokenizer import END_OF_TEXT
+from onecard.tokenizers import END_OF_TEXT
 
 
 @dataclass(frozen=True)

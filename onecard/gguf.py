@@ -6,7 +6,7 @@ import numpy as np
 
 from onecard.pretrained import transposed, vocabulary_and_merges
 from onecard.settings import import_package
-from onecard.tokenizer import END_OF_TEXT
+from onecard.tokenizers import END_OF_TEXT
 
 MODELFILE = '''FROM ./model.gguf
 TEMPLATE """{{ .Prompt }}"""

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from onecard.settings import UserError, import_package
-from onecard.tokenizer import (
+from onecard.tokenizers import (
     END_OF_TEXT,
     VOCABULARY,
     VOCABULARY_SHA256,
@@ -110,7 +110,7 @@ def read(name):
 
 
 def identity_of(transformers, folder):
-    """Which tokenizer a folder holds, as tokenizer.of_checkpoint knows it; None if it has none."""
+    """Which tokenizer a folder holds, as tokenizers.of_checkpoint knows it; None if it has none."""
     patterns = "*token*", "vocab*", "merges*", "*.model"
     if not any(list(folder.glob(pattern)) for pattern in patterns):
         return None                     # AutoTokenizer would make an empty one

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from onecard import checkpoint, optim, runtime, tokenizer
+from onecard import checkpoint, optim, runtime, tokenizers
 from onecard.datafiles import folder_of
 from onecard.files import lock, write_text
 from onecard.settings import UserError, config_text
@@ -91,24 +91,24 @@ def make_folder(cfg):
     lock(cfg.out_dir, "training")
 
 
-def check_tokenizer(cfg, saved, vocabulary, world):
+def check_tokenizer(cfg, saved, tokenizer, world):
     """Raise UserError if the model of a checkpoint reads other ids than the dataset has."""
-    if not tokenizer.is_recorded(folder_of(cfg.dataset)):
+    if not tokenizers.is_recorded(folder_of(cfg.dataset)):
         meaning = "are taken for GPT-2's"
-        if vocabulary.identity == tokenizer.UnknownTokenizer.identity:
+        if tokenizer.identity == tokenizers.UnknownTokenizer.identity:
             meaning = "can be trained on, but not become text"
         world.print(f"warning    {cfg.dataset} does not say which tokenizer made its ids; they "
                     f"{meaning}")
-    if saved and tokenizer.of_checkpoint(saved).identity != vocabulary.identity and not cfg.force:
+    if saved and tokenizers.of_checkpoint(saved).identity != tokenizer.identity and not cfg.force:
         raise UserError(f"the ids of dataset = {cfg.dataset!r} mean other texts than those of "
                         f"the model of init_from = {cfg.init_from!r}. --force trains it all the "
                         "same, as if it was new")
 
 
-def fixed_parts(run_plan, train_data, val_data, vocabulary):
+def fixed_parts(run_plan, train_data, val_data, tokenizer):
     """What does not change while a run trains; a checkpoint keeps it."""
     return {"dataset": train_data.fingerprint, "val_dataset": val_data.fingerprint,
-            "tokenizer": vocabulary.identity, "seed": run_plan.cfg.seed,
+            "tokenizer": tokenizer.identity, "seed": run_plan.cfg.seed,
             "tokens_per_step": run_plan.tokens_per_step, "val_windows": run_plan.val_windows,
             "fit": asdict(run_plan.fit)}
 

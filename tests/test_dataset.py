@@ -17,7 +17,7 @@ from onecard import dataset
 from onecard.dataset import Batches, Dataset, ensure_prepared, fixed_batches, known_tokens
 from onecard.runtime import World
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT
+from onecard.tokenizers import END_OF_TEXT
 
 CPU = torch.device("cpu")
 

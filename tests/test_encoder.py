@@ -10,9 +10,9 @@ import pytest
 from conftest import PROJECT, documents
 from onecard import encoder
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from onecard.tokenizers import END_OF_TEXT, GPT2Tokenizer
 from prepare import PrepareConfig
-from test_tokenizer import HARD
+from test_tokenizers import HARD
 
 pytest.importorskip("gigatoken")
 CONTRACTIONS = [f"{before}'{ending}{after}" for ending in "s d m t ll ve re S LL Re".split()

@@ -11,8 +11,8 @@ from conftest import documents, run, write_nanogpt
 from model import GPT, GPTConfig
 from onecard import checkpoint
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
-from test_tokenizer import write_letters
+from onecard.tokenizers import END_OF_TEXT, GPT2Tokenizer
+from test_tokenizers import write_letters
 
 CPU = ["--device=cpu", "--dtype=float32"]
 TEXTS = documents(12, longest=20) + ["", "naïve Zürich", "東京 🙂"]

@@ -12,7 +12,7 @@ from conftest import documents, run, write_nanogpt
 from model import GPT, GPTConfig, open_model
 from onecard import checkpoint, gguf, pretrained
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from onecard.tokenizers import END_OF_TEXT, GPT2Tokenizer
 from test_model import MODERN
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from onecard import checkpoint
 from onecard.generate import KVCache
 from onecard.pretrained import to_transformers
 from onecard.settings import UserError, read_config_file
-from onecard.tokenizer import VOCABULARY_SHA256
+from onecard.tokenizers import VOCABULARY_SHA256
 
 MODERN = read_config_file(PROJECT / "config" / "modern.py")
 every_kind = pytest.mark.parametrize("kind", [dict(), MODERN], ids=["gpt2", "modern"])
@@ -173,7 +173,7 @@ def test_a_model_is_opened_by_its_folder_its_file_or_as_one_of_transformers(work
         opened = open_model(name)
         labels.append((opened.label, opened.dataset))
         assert torch.equal(opened.model(idx), model(idx))
-        assert opened.vocabulary.identity == VOCABULARY_SHA256
+        assert opened.tokenizer.identity == VOCABULARY_SHA256
     run = ("out/ckpt.pt, step 7", "tiny")
     assert labels == [run, run, ("theirs", "")]
 

@@ -16,7 +16,7 @@ from conftest import documents, run, script, write_nanogpt, write_parquet
 from onecard import datafiles
 from onecard.datafiles import NAMES
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from onecard.tokenizers import END_OF_TEXT, GPT2Tokenizer
 
 
 def make(*args):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT
 from onecard import checkpoint, pretrained
 from onecard.settings import UserError
-from onecard.tokenizer import VOCABULARY_SHA256, of_checkpoint
+from onecard.tokenizers import VOCABULARY_SHA256, of_checkpoint
 from test_model import MODERN, noisy
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from onecard import checkpoint
 from onecard.generate import SamplingConfig, generate, pick
 from onecard.settings import UserError
-from onecard.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from onecard.tokenizers import END_OF_TEXT, GPT2Tokenizer
 
 MODERN = dict(position="rotary", norm="rmsnorm", qk_norm=True, mlp="swiglu", bias=False,
               tie_word_embeddings=False, embed_norm=True)

@@ -126,8 +126,8 @@ def of_checkpoint(parts):
     vocab_size, identity = parts["model_args"]["vocab_size"], parts.get("tokenizer")
     if identity is None:                # nanoGPT's sample.py finds characters by the dataset
         dataset = str(parts.get("config", {}).get("dataset", ""))
-        vocabulary = of_dataset(DATA / dataset, vocab_size)
-        return vocabulary if vocabulary.n_vocab == vocab_size else likely_tokenizer(vocab_size)
+        tokenizer = of_dataset(DATA / dataset, vocab_size)
+        return tokenizer if tokenizer.n_vocab == vocab_size else likely_tokenizer(vocab_size)
     if isinstance(identity, list) and len(identity) <= vocab_size:
         return CharTokenizer(identity)
     if identity == VOCABULARY_SHA256:

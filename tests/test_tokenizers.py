@@ -7,9 +7,9 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from conftest import documents
-from onecard import tokenizer
+from onecard import tokenizers
 from onecard.settings import UserError
-from onecard.tokenizer import (
+from onecard.tokenizers import (
     END_OF_TEXT,
     VOCABULARY_SHA256,
     GPT2Tokenizer,
@@ -57,8 +57,8 @@ def test_white_space_beyond_tiktokens_stack_is_cut_where_gpt2_cuts(reference, be
 
 
 def test_a_changed_vocabulary_is_one_sentence(work, monkeypatch):
-    Path("gpt2.tiktoken").write_bytes(tokenizer.VOCABULARY.read_bytes()[:-3])
-    monkeypatch.setattr(tokenizer, "VOCABULARY", Path("gpt2.tiktoken"))
+    Path("gpt2.tiktoken").write_bytes(tokenizers.VOCABULARY.read_bytes()[:-3])
+    monkeypatch.setattr(tokenizers, "VOCABULARY", Path("gpt2.tiktoken"))
     with pytest.raises(UserError, match="gpt2.tiktoken is missing or changed; `git checkout"):
         gpt2.__wrapped__()              # gpt2() is cached
 
