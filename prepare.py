@@ -152,7 +152,7 @@ def main(cfg):
     default = "sample" if cfg.sample else "fineweb"
     dataset = cfg.dataset or default
     folder = datafiles.DATA / dataset
-    with datafiles.claimed(folder):
+    with datafiles.locked(folder):
         files = find_files(cfg, dataset)
         inputs = describe_inputs(files, cfg)
         if not cfg.force and is_made_from(folder, inputs):

@@ -254,7 +254,7 @@ def make_state(cfg, model_config, saved, fixed_parts, world):
 def evaluate(batches, model, val_data, n_windows):
     """Mean loss over the first `n_windows` of val: the same ones every time.
 
-    `batches` says how large a micro-batch is; with_less_memory() may make it smaller.
+    `batches` says how large a micro-batch is; halve_until_it_fits() may make it smaller.
     """
     model.eval()
     loss_sum = torch.zeros((), device=batches.world.device)
@@ -297,7 +297,7 @@ def forward_backward(batches, ddp_model, step, scaler):
     return loss_sum
 
 
-def with_less_memory(compute, batches, *args):
+def halve_until_it_fits(compute, batches, *args):
     """Call compute(batches, *args), and again with smaller micro-batches if memory runs out.
 
     With several GPUs, halve() ends the run instead: all would have to halve at the same time.
@@ -315,17 +315,17 @@ def with_less_memory(compute, batches, *args):
                             "which changes no result")
 
 
-def fit_to_hours(log):
-    """The run's cfg with as many steps as fit into its hours, at the measured speed."""
-    cfg, run_plan = log.cfg, log.measured_plan()
-    seconds_left = 3600 * (cfg.hours - log.hours())
+def fit_to_hours(cfg, log, progress, world):
+    """`cfg` with as many steps as fit into its hours, at the speed that `log` has measured."""
+    run_plan = log.measured_plan()
+    seconds_left = 3600 * (cfg.hours - log.hours_of_run())
     steps = plan.steps_in(run_plan, seconds_left, run_plan.measured)
-    steps = log.world.gather(steps)[0]      # all ranks take those of the first one
-    cfg = plan.with_steps(cfg, steps, log.progress.step)
-    log.progress.fitted_hours = cfg.hours
-    log.follow(replace(run_plan, cfg=cfg))
-    log.world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
-                    f"again:\n{plan.text(log.plan)}")
+    steps = world.gather(steps)[0]      # all ranks take those of the first one
+    cfg = plan.with_steps(cfg, steps, progress.step)
+    progress.fitted_hours = cfg.hours
+    log.set_plan(replace(run_plan, cfg=cfg))
+    world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
+                f"again:\n{plan.text(log.plan)}")
     return cfg
 
 
@@ -348,7 +348,7 @@ def main(cfg):
         cfg = replace(cfg, compile=False, recompute="auto")     # recompute needs compile
 
     # what will it cost? --dry_run ends here: it needs no data and writes nothing
-    saved = resume.first_checkpoint(cfg, world)     # a dict; None for a new model
+    saved = resume.checkpoint_to_start_from(cfg, world)   # a dict; None for a new model
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
     model_config = model_config_of(cfg, saved)
@@ -398,7 +398,7 @@ def main(cfg):
         just_resumed = step > 0 and not trained
         evaluates = cfg.eval_only or (due and not just_resumed)
         if evaluates:
-            progress.val_loss = with_less_memory(evaluate, batches, model, val_data, n_val)
+            progress.val_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_val)
             log.evaluation(progress.val_loss, sample(model, tokenizer, cfg, world))
         if cfg.eval_only:
             break
@@ -413,9 +413,9 @@ def main(cfg):
         if trained and world.any(ending or worth_saving or stable or overdue):
             check_loss = progress.val_loss
             if not evaluates:                   # a few windows show whether the model is broken
-                check_loss = with_less_memory(evaluate, batches, model, val_data, n_check)
+                check_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, check_loss)     # ends a run that has diverged
-            progress.hours = log.hours()
+            progress.hours = log.hours_of_run()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
             log.flush()                         # with --overwrite, the old log stayed until now
             saved_time = time.monotonic()
@@ -425,7 +425,7 @@ def main(cfg):
         # one step: forward and backward of all micro-batches, then one update
         started = time.monotonic()
         lr = optim.set_rates(optimizer, step, cfg)
-        loss = with_less_memory(forward_backward, batches, ddp_model, step, scaler)
+        loss = halve_until_it_fits(forward_backward, batches, ddp_model, step, scaler)
         scaler.unscale_(optimizer)
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -435,7 +435,7 @@ def main(cfg):
         progress.step += 1
         log.step(loss, lr, grad_norm, time.monotonic() - started)
         if log.just_measured and cfg.hours != progress.fitted_hours:
-            cfg = fit_to_hours(log)
+            cfg = fit_to_hours(cfg, log, progress, world)
 
     batches.close()
     log.close()

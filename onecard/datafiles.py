@@ -104,7 +104,7 @@ def write_errors(folder):
 
 
 @contextlib.contextmanager
-def claimed(folder):
+def locked(folder):
     """Make the folder, and lock it for the block. Only one process can write a dataset to it.
 
     Finishes what a process that was killed left. A new folder that stays empty is removed.
@@ -127,7 +127,7 @@ def claimed(folder):
 def finish_renames(folder):
     """Finish what a process that was killed while it replaced the files of a dataset left."""
     if (folder / "meta.json.new").exists():
-        with claimed(folder):
+        with locked(folder):
             pass
 
 
@@ -142,7 +142,7 @@ def rename_new_files(folder):
 
 @contextlib.contextmanager
 def new_dataset(folder):
-    """Yield a SplitWriter of each split, {split: writer}, inside of claimed(folder).
+    """Yield a SplitWriter of each split, {split: writer}, inside of locked(folder).
 
         with new_dataset(folder) as writers:
             writers["train"].add(batch, chosen)

@@ -72,9 +72,9 @@ class Dataset:
     def sample(self, i):
         """Training sample i: block_size + 1 token ids, uint16."""
         epoch, k = divmod(i, self.n_windows)
-        order, ends, entry = self.shuffled(epoch)
+        order, ends, offset = self.shuffled(epoch)
         window = k * self.stride % self.n_windows
-        position = entry + window * self.block_size
+        position = offset + window * self.block_size
         pieces, missing = [], self.block_size + 1
         while missing:                                  # one document after the other
             position %= self.n_tokens                   # after the last document comes the first

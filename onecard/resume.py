@@ -43,7 +43,7 @@ def goes_on(cfg):
     return cfg.init_from == "resume" or cfg.init_from.endswith(".pt")
 
 
-def first_checkpoint(cfg, world):
+def checkpoint_to_start_from(cfg, world):
     """The checkpoint (or the weights of transformers) that init_from names; None for a new model.
 
     Raises UserError if a run in out_dir would be lost, or still trains.

@@ -199,7 +199,7 @@ def test_of_two_processes_one_writes_a_dataset_and_the_other_gets_one_sentence(w
     make("new.parquet", "--dataset=d")
     new = contents("data/d")
     make("old.parquet", "--dataset=d", "--force")
-    with datafiles.claimed(Path("data/d")):
+    with datafiles.locked(Path("data/d")):
         for name in NAMES:
             Path(f"data/d/{name}.new").write_text("not whole")  # as if this process were renaming
         done = script("prepare.py", "new.parquet", "--dataset=d", "--force", check=False)
@@ -247,7 +247,7 @@ def test_stopped_at_random_moments_it_leaves_the_old_dataset_or_the_new_one(work
         time.sleep(rng.uniform(0, 1.2) * duration)
         os.kill(process.pid, number)
         process.join()
-        with datafiles.claimed(Path("data/d")):
+        with datafiles.locked(Path("data/d")):
             pass
         both("data/d")
         assert contents("data/d", NAMES) in (old, wanted)
