@@ -7,7 +7,7 @@ Turn text into a dataset: data/<dataset>/train.bin and val.bin, GPT-2 token ids 
     python prepare.py my.parquet --dataset=mine   # .parquet, .jsonl or .txt, also .gz and .zst
 
 Every document becomes 50256 (end of text) and then its tokens. The new files are written beside the
-old ones and renamed at the end, so a prepare that is stopped leaves the folder as it was.
+old ones and renamed at the end, so stopping it midway leaves the folder as it was.
 """
 import time
 from collections import Counter
@@ -25,23 +25,24 @@ from onecard.split import val_hash_limit
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    files: tuple = ()                   # text files or folders; without: the one file under data/
+    files: tuple = ()                   # text files or folders; none: the one file under data/
     dataset: str = ""                   # folder under data/; "": fineweb, or sample with --sample
     val: str = ""                       # a file to validate on; "": draw documents from the files
-    val_fraction: float = 0.0           # share of the documents to draw; 0: suits the size of text
+    val_fraction: float = 0.0           # share of documents for val; 0: by the size of the text
     text_column: str = "text"           # column or field that holds the text
     seed: int = 1337                    # decides which documents are drawn
     encoder: str = "auto"               # gigatoken (a fast package), tiktoken (same ids) or auto
     num_proc: int = 0                   # threads that encode; 0: one for each core
     download: bool = False              # fetch FineWeb's first file and prepare it
     sample: bool = False                # make a small dataset from Python's documentation
-    force: bool = False                 # do it again, replace what was made from other files
+    force: bool = False                 # prepare again, even over a dataset of other files
 
     def __post_init__(self):
         in_range(0, 0.99999, self, "val_fraction")     # training needs a share, too
         in_range(0, 1024, self, "num_proc")
         in_range(0, 2**63 - 1, self, "seed")
         one_of(self, encoder=("auto", "gigatoken", "tiktoken"))
+        # one name of a folder: no path, and not the parent
         if self.dataset != Path(self.dataset).name or self.dataset == "..":
             raise UserError(f"dataset = {self.dataset!r} must be a name without / or .., as the "
                             f"dataset is written to {datafiles.DATA}/NAME")
@@ -90,9 +91,11 @@ def is_made_from(folder, inputs):
     present = [name for name in datafiles.NAMES if (folder / name).exists()]
     if not present:
         return False
-    meta = datafiles.read_meta(folder)          # None: made by nanoGPT, nobody knows from what
+    # it holds all of the inputs, see prepare(). None: made by nanoGPT, nobody knows from what
+    meta = datafiles.read_meta(folder)
     if meta and comparison_key(meta) == comparison_key(inputs):
-        return len(present) == len(datafiles.NAMES)     # False: a file is missing
+        is_whole = len(present) == len(datafiles.NAMES)
+        return is_whole
     raise UserError(f"{folder} was prepared from other files or with other settings; --force "
                     "replaces it, --dataset=NAME writes to another folder")
 
@@ -101,10 +104,11 @@ def write_splits(files, cfg, writers, bar):
     """Encode all documents into the two splits. Returns what was counted on the way.
 
     A document goes to val if its hash is below a limit: a random choice that puts equal documents
-    into the same split. With --val, a document that is in those files as well is left out of train.
+    into the same split. With --val, train leaves out every document that is also in the val files.
     """
-    counts = Counter()                          # documents.batches() counts what it reads
-    val_hashes, limit = np.zeros(0, np.uint64), 0
+    counts = Counter()                          # documents.batches() adds to it while it reads
+    val_hashes = np.zeros(0, np.uint64)
+    limit = 0                                   # draw nothing for val
     if not cfg.val:
         limit = val_hash_limit(files["train"], cfg)
     texts = documents.batches(files["val"], cfg.text_column, counts)
@@ -112,7 +116,7 @@ def write_splits(files, cfg, writers, bar):
         val_hashes = np.append(val_hashes, batch.hashes)
         all_of_it = np.ones(len(batch.hashes), bool)
         writers["val"].add(batch, all_of_it)
-        bar.update(counts["bytes read"] - bar.n)            # bar.n: what it shows already
+        bar.update(counts["bytes read"] - bar.n)            # update() adds: only the new bytes
     texts = documents.batches(files["train"], cfg.text_column, counts)
     for batch in encoder.encode(texts, cfg):
         to_val = batch.hashes < limit
@@ -130,7 +134,7 @@ def prepare(files, folder, cfg, inputs):
     encoder_name = encoder.choose(cfg.encoder)
     print(f"preparing {folder} by {encoder_name}")
     if encoder_name == "tiktoken" and cfg.encoder == "auto":
-        print("with `pip install gigatoken`, it is many times as fast")
+        print("`pip install gigatoken` makes this many times faster")
     n_bytes = sum(path.stat().st_size for path in files["train"] + files["val"])
     with datafiles.new_dataset(folder) as writers:
         with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True, disable=None) as bar:
@@ -144,7 +148,7 @@ def prepare(files, folder, cfg, inputs):
     for reason, n in skipped.items():
         print(f"documents {reason}: {n:,}")
     if counts["repaired"]:
-        print(f"characters that were no UTF-8, and are replaced: {counts['repaired']:,}")
+        print(f"characters replaced, because they were not valid UTF-8: {counts['repaired']:,}")
     print(f"prepared in {time.monotonic() - began:.1f} s")
 
 

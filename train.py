@@ -41,9 +41,9 @@ class TrainConfig(GPTConfig):
     always_save_checkpoint: bool = True     # False: save only if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
     max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
-    hours: float = 0.0                  # choose max_iters so that the run takes so long; 0 = off
+    hours: float = 0.0                  # set max_iters so that the run lasts this long; 0 = off
     # resume: continue the run in out_dir. FILE.pt: continue from that checkpoint.
-    # gpt2, or the folder of a run or of a transformers model: start a new run with its weights
+    # gpt2, or a folder (of a run, or a transformers model): start a new run with its weights
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
     force: bool = False                 # start although memory is short, or settings have changed
@@ -68,7 +68,7 @@ class TrainConfig(GPTConfig):
     optimizer: str = "adamw"            # adamw; muon: Muon for matrices, AdamW for the rest
     learning_rate: float = 6e-4         # the highest rate; muon needs about 0.02
     max_iters: int = 600000             # steps in all
-    weight_decay: float = 0.1           # for matrices; with muon only for those in the blocks
+    weight_decay: float = 0.1           # for matrices; muon: only for matrices in the blocks
     beta1: float = 0.9                  # AdamW: decay of the average gradient
     beta2: float = 0.95                 # AdamW: decay of the average squared gradient
     grad_clip: float = 1.0              # clip the gradient to this norm; 0 = never
@@ -79,12 +79,13 @@ class TrainConfig(GPTConfig):
     cooldown: float = 0.4               # wsd only: share of the steps, at the end, to cool down
     min_lr: float = 6e-5                # the last learning rate; usually a tenth of the highest
     # only for optimizer = 'muon'
-    # embedding_lr and head_lr are for a width of 768; they are multiplied by sqrt(768 / n_embd)
-    embedding_lr: float = 0.25          # rate for the token embedding, if it is not tied
-    head_lr: float = 0.003              # rate for the head; for both, if it is tied
+    # embedding_lr and head_lr are for a width of 768; they are multiplied by sqrt(768 / n_embd).
+    # A tied head and the token embedding are one matrix, which takes the settings of the head
+    embedding_lr: float = 0.25          # rate for the token embedding
+    head_lr: float = 0.003              # rate for the head
     scalar_lr: float = 0.006            # rate for other weights: norms, biases, positions
-    embedding_weight_decay: float = 0.001   # for the token embedding, if it is not tied
-    head_weight_decay: float = 0.01     # for the head; for both, if it is tied
+    embedding_weight_decay: float = 0.001   # for the token embedding
+    head_weight_decay: float = 0.01     # for the head
     momentum: float = 0.95              # highest momentum of Muon; it begins at 0.85
     momentum_warmup: int = 300          # steps in which the momentum rises
     muon_beta2: float = 0.95            # decay of the average square of each row; 0 = off
@@ -119,14 +120,15 @@ class TrainConfig(GPTConfig):
         if not self.dry_run and (self.device_name or self.n_tokens):
             raise UserError("device_name and n_tokens are for a plan; add --dry_run")
         if self.batch_size == 0 and self.tokens_per_step == 0:
-            n, usual_batch = self.gradient_accumulation_steps, TrainConfig.batch_size
+            n = self.gradient_accumulation_steps
+            usual_batch = TrainConfig.batch_size        # the default
             usual = usual_batch * n * self.block_size
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
                             f"a step is. {usual_batch} windows x {n} x {self.block_size:,} are "
                             f"--tokens_per_step={usual}")
-        micro_batch = max(self.batch_size, 1) * self.block_size     # a window, if it is not known
+        micro_batch = max(self.batch_size, 1) * self.block_size     # 0 counts as one window
         if self.tokens_per_step % micro_batch > 0:
-            nearest = max(self.tokens_per_step // micro_batch, 1) * micro_batch
+            nearest = max(round(self.tokens_per_step / micro_batch), 1) * micro_batch
             raise UserError(f"tokens_per_step = {self.tokens_per_step:,} does not divide into "
                             f"micro-batches of batch_size x block_size = {micro_batch:,} tokens. "
                             f"Nearest that works: --tokens_per_step={nearest}")
@@ -157,15 +159,17 @@ def model_config_of(cfg, saved):
 
 def plan_of(cfg, model_config, machine, known_tokens=None, past=None):
     """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits."""
-    past = past or {}                   # the checkpoint of a run that goes on
+    past = past or {}                   # the checkpoint from which a run goes on; {}: a new run
     with torch.device("meta"):          # a model without memory, only to count its parameters
         model = GPT(model_config)
-    n = model.count_parameters()
-    size = plan.Size(model_config, n["total"], n["blocks"], model.flops_per_token())
-    # how a micro-batch is computed: batch_size, chunk of the loss, recompute. A run that goes on
-    # keeps its fit, so that it rounds as before, and its val windows: so its losses compare
+    counts = model.count_parameters()
+    size = plan.Size(model_config, counts["total"], counts["blocks"], model.flops_per_token())
+    # fit: how a micro-batch is computed (batch_size, chunk of the loss, recompute). A run that goes
+    # on keeps it, so that its numbers are rounded as before. It keeps its val windows, too, so that
+    # its val losses can be compared
     fit = memory.choose(cfg, size, machine, past.get("fit"))
-    usual_windows = cfg.eval_iters * (cfg.batch_size or TrainConfig.batch_size)
+    usual_batch = cfg.batch_size or TrainConfig.batch_size      # 0: take the default
+    usual_windows = cfg.eval_iters * usual_batch
     val_windows = past.get("val_windows", usual_windows)
     cfg = replace(cfg, batch_size=fit.batch_size)
     return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens,
@@ -179,7 +183,8 @@ def recipe_advice(cfg, machine, known_tokens):
                 "of the text (--n_tokens=700_000_000)")
     recipes = {}
     for name in advice.RECIPES:
-        recipe = configure(TrainConfig, [str(runtime.PROJECT / advice.config_file(name))])
+        path = runtime.PROJECT / advice.config_file(name)
+        recipe = configure(TrainConfig, [str(path)])
         recipe = replace(recipe, compile=cfg.compile)       # False where compiling is impossible
         recipes[name] = plan_of(recipe, GPTConfig.of(recipe), machine, known_tokens)
     return advice.text(recipes, cfg.hours)
@@ -188,7 +193,7 @@ def recipe_advice(cfg, machine, known_tokens):
 def make_plan(cfg, model_config, saved, world):
     """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
     past = saved if resume.goes_on(cfg) else {}     # init_from: resume or FILE.pt
-    cfg = resume.with_fitted_steps(cfg, past, world)        # keep what --hours chose at its start
+    cfg = resume.with_fitted_steps(cfg, past, world)        # a resume keeps the steps of --hours
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -208,7 +213,7 @@ def make_plan(cfg, model_config, saved, world):
     if cfg.dry_run and cfg.hours and not past:
         world.print(recipe_advice(cfg, machine, known_tokens))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
-    is_refused = world.any(len(reasons) > 0)        # by one process: all stop
+    is_refused = world.any(len(reasons) > 0)        # if one process refuses, all stop
     if is_refused and not (cfg.force or cfg.dry_run or cfg.eval_only):
         why = "; ".join(reasons) or "another process lacks memory or disk"
         raise UserError(f"{why}. --force starts it all the same")
@@ -232,7 +237,7 @@ def open_data(cfg, model_config, saved, world):
 def make_state(cfg, model_config, saved, fixed_parts, world):
     """The State of the run: new, or as the checkpoint `saved` has it.
 
-    `fixed_parts` are what every checkpoint of the run holds besides, such as checksums of its data.
+    `fixed_parts` are what every checkpoint also holds and no step changes, such as data checksums.
     """
     torch.manual_seed(cfg.seed)
     model = GPT(model_config)
@@ -254,7 +259,7 @@ def make_state(cfg, model_config, saved, fixed_parts, world):
 def evaluate(batches, model, val_data, n_windows):
     """Mean loss over the first `n_windows` of val: the same ones every time.
 
-    `batches` says how large a micro-batch is; halve_until_it_fits() may make it smaller.
+    `batches.size` is the number of windows at a time, which halve_until_it_fits() may have halved.
     """
     model.eval()
     loss_sum = torch.zeros((), device=batches.world.device)
@@ -278,7 +283,7 @@ def sample(model, tokenizer, cfg, world):
     model.eval()
     with world.autocast():
         ids = list(generate(model, [tokenizer.start], sampling, tokenizer.n_vocab,
-                            fixed_shapes=False))        # they would pay only for longer samples
+                            fixed_shapes=False))        # fixed shapes pay only for long samples
     model.train()
     return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -289,7 +294,8 @@ def forward_backward(batches, ddp_model, step, scaler):
     loss_sum = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP (only DDP) reads this: exchange gradients only in the last micro-batch
-        ddp_model.require_backward_grad_sync = i == batches.per_step - 1
+        is_last = i == batches.per_step - 1
+        ddp_model.require_backward_grad_sync = is_last
         with batches.world.autocast():
             loss = ddp_model(idx, targets) / batches.per_step
         scaler.scale(loss).backward()
@@ -320,7 +326,7 @@ def fit_to_hours(cfg, log, progress, world):
     run_plan = log.measured_plan()
     seconds_left = 3600 * (cfg.hours - log.hours_of_run())
     steps = plan.steps_in(run_plan, seconds_left, run_plan.measured)
-    steps = world.gather(steps)[0]      # all ranks take those of the first one
+    steps = world.gather(steps)[0]      # all ranks take the number of rank 0
     cfg = plan.with_steps(cfg, steps, progress.step)
     progress.fitted_hours = cfg.hours
     log.set_plan(replace(run_plan, cfg=cfg))
@@ -359,7 +365,7 @@ def main(cfg):
 
     # data: an epoch shuffles all documents, joins them and cuts them into windows of block_size
     # tokens. Windows are numbered through all epochs: number w is in epoch w // n_windows. Step s
-    # takes the windows from number s * windows_per_step on. So a resume needs only the step
+    # takes s * windows_per_step to (s + 1) * windows_per_step - 1. So a resume needs only the step
     train_data, val_data, tokenizer = open_data(cfg, model_config, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
     n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
@@ -371,7 +377,7 @@ def main(cfg):
     del saved                                   # as large as the model and its optimizer
 
     # reports, compiling, batches
-    model.loss_chunk = run_plan.fit.chunk       # compute the loss of so many tokens at a time
+    model.loss_chunk = run_plan.fit.chunk       # tokens whose loss is computed at a time
     log = RunLog(run_plan, world, progress)
     if world.is_main and not cfg.eval_only:
         resume.open_folder(cfg, progress)
@@ -384,7 +390,7 @@ def main(cfg):
     guard = Guard(model_config.vocab_size, scaler)  # stops a run that diverges
     stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
-    gc.freeze()                                 # save() shall collect only what comes from now on
+    gc.freeze()                                 # gc.collect() in save() skips what exists now
     gc.disable()                                # Python's garbage collector would delay steps
 
     while True:
@@ -403,7 +409,7 @@ def main(cfg):
         if cfg.eval_only:
             break
 
-        # save ckpt.pt; copy it to best.pt if val improved, and before a cooldown to stable.pt
+        # save ckpt.pt; copy it to best.pt if val improved, and to stable.pt before a cooldown
         improved = evaluates and progress.val_loss < progress.best_val_loss
         out_of_time = trained and cfg.max_hours > 0 and log.hours_of_process() > cfg.max_hours
         ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
@@ -417,7 +423,7 @@ def main(cfg):
             guard.before_save(step, check_loss)     # ends a run that has diverged
             progress.hours = log.hours_of_run()
             resume.save(state, cfg, world, is_best=improved, is_stable=stable)
-            log.flush()                         # with --overwrite, the old log stayed until now
+            log.flush()                         # with --overwrite, this replaces the old log
             saved_time = time.monotonic()
         if ending:
             break
@@ -435,12 +441,12 @@ def main(cfg):
         progress.step += 1
         log.step(loss, lr, grad_norm, time.monotonic() - started)
         if log.just_measured and cfg.hours != progress.fitted_hours:
-            cfg = fit_to_hours(cfg, log, progress, world)
+            cfg = fit_to_hours(cfg, log, progress, world)       # once, as the speed is known now
 
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, world)         # an error, if the last save was only a warning
+    resume.check_saved(progress, world)         # raises if the last save failed (it only warned)
 
 
 if __name__ == "__main__":

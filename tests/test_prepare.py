@@ -134,7 +134,7 @@ def test_a_val_file_is_val_whole_and_what_is_left_out_is_counted(work, capsys):
     assert both("data/a") == [[*docs, " dog bites man", "bad \ufffd\ufffd end"], val]
     report = capsys.readouterr().out
     for reason in ("documents in both splits: 3", "documents null: 2", "documents empty: 1",
-                   "characters that were no UTF-8, and are replaced: 2"):
+                   "characters replaced, because they were not valid UTF-8: 2"):
         assert f"\n{reason}\n" in report
     assert "val begins: red  [31m  back     2J  turned 東京\n" in report
 
