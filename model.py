@@ -39,7 +39,7 @@ class GPTConfig:
     n_inner: int = 0                    # hidden width of the MLP; 0 means 4 C, or 8/3 C for swiglu
     tie_word_embeddings: bool = True    # the head shares the weights of the token embedding
     embed_norm: bool = False            # normalize the token embedding
-    zero_init: bool = False             # begin at zero: c_proj, and a head that is not tied
+    zero_init: bool = False             # blocks and an untied head give zero at first
     rope_theta: float = 10000.0         # base of the rotary angles; larger for longer contexts
 
     def __post_init__(self):
@@ -66,7 +66,7 @@ class GPTConfig:
 
     @classmethod
     def from_checkpoint(cls, parts):
-        """The GPTConfig of a checkpoint, as checkpoint.read() returns it."""
+        """The GPTConfig of a checkpoint: `parts` is the dict that checkpoint.read() returns."""
         args = dict(parts["model_args"])
         known = {f.name: f for f in fields(cls)}
         if unknown := sorted(set(args) - set(known)):
@@ -74,9 +74,9 @@ class GPTConfig:
                             f"{', '.join(unknown)}, which are no longer read")
         if missing := sorted(set(SIZES) - args.keys()):
             raise UserError(f"this checkpoint does not say its {', '.join(missing)}")
-        for key, value in args.items():
-            args[key] = convert(value, known[key], f"this checkpoint has {key} = {value!r}")
-        return cls(**args)
+        values = {key: convert(value, known[key], f"this checkpoint has {key} = {value!r}")
+                  for key, value in args.items()}       # in the type of the setting, or a UserError
+        return cls(**values)
 
     def model_args(self):
         """The dict in a checkpoint: nanoGPT's seven settings, and others that were changed."""
@@ -105,7 +105,7 @@ class GPTConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in fp32: for a bf16 input, torch would round the weights."""
+    """torch's LayerNorm, computed in fp32: for a bf16 input, torch would make its weights bf16."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
@@ -195,7 +195,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_of_logits = loss_of_logits    # an attribute: compile() puts a compiled one here
+        self.loss_of_logits = loss_of_logits    # compile() puts a compiled function here
         self.loss_chunk = SMALLEST_CHUNK        # tokens in a chunk of the loss
         # OpenAI's names: wte, wpe are the token and position embedding, h the blocks
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
@@ -218,10 +218,10 @@ class GPT(nn.Module):
         matrix_std, head_std = 0.02, 0.02
         residual_std = 0.02 / math.sqrt(2 * c.n_layer)      # the residual stream sums 2 L outputs
         if c.zero_init:
-            matrix_std = 0.55 / math.sqrt(c.n_embd)         # nanochat's and modded-nanogpt's value
+            matrix_std = 0.55 / math.sqrt(c.n_embd)         # nanochat and modded-nanogpt found it
             residual_std, head_std = 0.0, 0.0
         embedding_std = 0.02
-        # embed_norm scales the embedding, so any size is right; but a tied head needs small weights
+        # embed_norm makes every embedding the same length. But a tied head needs small weights
         if c.embed_norm and not c.tie_word_embeddings:
             embedding_std = 1.0
 
@@ -233,7 +233,7 @@ class GPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=matrix_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
-            if c.qk_norm:               # 1.2 x 1.2: q times k is 1.44 times as large (nanochat)
+            if c.qk_norm:               # above 1: sharper attention (nanochat's value)
                 nn.init.constant_(block.attn.q_norm.weight, 1.2)
                 nn.init.constant_(block.attn.k_norm.weight, 1.2)
         if not c.tie_word_embeddings:
@@ -249,9 +249,9 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit the context"
-        positions = slice(0, T)         # of the rows of wpe or cos_sin
+        positions = slice(0, T)         # rows of wpe or cos_sin: a slice, or a tensor (T,)
         if cache is not None:
-            positions = cache.advance(T)                                      # (T,)
+            positions = cache.advance(T)
         x = self.transformer.wte(idx)                                         # (B, T, C)
         if self.config.embed_norm:
             x = F.rms_norm(x, (self.config.n_embd,), eps=1e-6)
@@ -285,13 +285,14 @@ class GPT(nn.Module):
         With `recompute`, backward computes cheap activations again instead of reading them: half
         the memory, some 2 % slower.
         """
+        # True forbids torch to compute them again
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         # two graphs: a single one would keep the logits of all chunks until its end
         self.hidden = torch.compile(self.hidden, **options)
         self.loss_of_logits = torch.compile(self.loss_of_logits, **options)
 
     def count_parameters(self):
-        """{"total": all parameters, "blocks": those of the blocks and the last norm}."""
+        """{"total": all parameters, "blocks": all but the embeddings and the head}."""
         total = sum(p.numel() for p in self.parameters())
         blocks = [*self.transformer.h.parameters(), *self.transformer.ln_f.parameters()]
         return {"total": total, "blocks": sum(p.numel() for p in blocks)}
@@ -316,7 +317,7 @@ class GPT(nn.Module):
 
     def load_weights(self, parts):
         """Take the weights of a checkpoint."""
-        # nanoGPT: compiled models have the prefix _orig_mod., and older ones a mask, attn.bias
+        # nanoGPT: compiled models have the prefix _orig_mod., and older ones a mask h.0.attn.bias
         weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         wpe = "transformer.wpe.weight"
@@ -345,7 +346,7 @@ class OpenedModel:
     """A trained model, ready for use."""
     model: GPT                          # on the CPU
     label: str                          # to print
-    tokenizer: object                   # of its ids, see onecard/tokenizers.py
+    tokenizer: object                   # one of onecard/tokenizers.py
     dataset: str                        # name of its training data; "" if it is not known
 
 

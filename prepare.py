@@ -6,8 +6,9 @@ Turn text into a dataset: data/<dataset>/train.bin and val.bin, GPT-2 token ids 
     python prepare.py --sample                    # a small dataset from Python's documentation
     python prepare.py my.parquet --dataset=mine   # .parquet, .jsonl or .txt, also .gz and .zst
 
-Every document becomes 50256 (end of text) and then its tokens. The new files are written beside the
-old ones and renamed at the end, so stopping it midway leaves the folder as it was.
+The token 50256, "end of text", stands before the tokens of every document. The new files are
+written beside the old ones and renamed at the end, so stopping it midway leaves the folder as it
+was.
 """
 import time
 from collections import Counter
@@ -32,7 +33,7 @@ class PrepareConfig:
     text_column: str = "text"           # column or field that holds the text
     seed: int = 1337                    # decides which documents are drawn
     encoder: str = "auto"               # gigatoken (a fast package), tiktoken (same ids) or auto
-    num_proc: int = 0                   # threads that encode; 0: one for each core
+    num_proc: int = 0                   # threads (nanoGPT's name); 0: one for each core
     download: bool = False              # fetch FineWeb's first file and prepare it
     sample: bool = False                # make a small dataset from Python's documentation
     force: bool = False                 # prepare again, even over a dataset of other files
@@ -66,7 +67,7 @@ def find_files(cfg, dataset):
             samples.write_sample(documents.SAMPLE)
         names = [documents.SAMPLE]
     if not names:
-        names = [documents.find_parquet(dataset)]
+        names = [documents.find_parquet(dataset)]   # under data/<dataset>, or the only one in data/
     return {"train": documents.find(names), "val": val_files}
 
 
@@ -91,8 +92,7 @@ def is_made_from(folder, inputs):
     present = [name for name in datafiles.NAMES if (folder / name).exists()]
     if not present:
         return False
-    # it holds all of the inputs, see prepare(). None: made by nanoGPT, nobody knows from what
-    meta = datafiles.read_meta(folder)
+    meta = datafiles.read_meta(folder)      # inputs are in it; None: nanoGPT made the folder
     if meta and comparison_key(meta) == comparison_key(inputs):
         is_whole = len(present) == len(datafiles.NAMES)
         return is_whole
@@ -134,7 +134,7 @@ def prepare(files, folder, cfg, inputs):
     encoder_name = encoder.choose(cfg.encoder)
     print(f"preparing {folder} by {encoder_name}")
     if encoder_name == "tiktoken" and cfg.encoder == "auto":
-        print("`pip install gigatoken` makes this many times faster")
+        print("it is many times as fast after `pip install gigatoken`")
     n_bytes = sum(path.stat().st_size for path in files["train"] + files["val"])
     with datafiles.new_dataset(folder) as writers:
         with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True, disable=None) as bar:

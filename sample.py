@@ -48,7 +48,8 @@ def read_start(start):
         content = path.read_bytes()
         return content.decode(text_encoding(content)).replace("\r\n", "\n")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"start = {start!r} must name a text file in UTF-8: {error}") from None
+        raise UserError(f"start = {start!r} must name a text file in UTF-8 or UTF-16: "
+                        f"{error}") from None
 
 
 def encode_prompt(text, tokenizer, block_size):
@@ -57,7 +58,7 @@ def encode_prompt(text, tokenizer, block_size):
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
     ids = tokenizer.encode(text).tolist()
-    if is_gpt2 or not ids:              # a model of characters needs a start only without a text
+    if is_gpt2 or not ids:              # characters: no such token, but an empty text needs one
         ids = [tokenizer.start] + ids
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; the model sees the last {block_size:,} of "
@@ -67,7 +68,8 @@ def encode_prompt(text, tokenizer, block_size):
 
 def continuation(model, tokenizer, ids, cfg):
     """Yield what the model writes after the tokens `ids`, a piece of text for each token."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a letter
+    make_decoder = codecs.getincrementaldecoder("utf-8")
+    decoder = make_decoder(errors="replace")    # it waits for the rest of a letter
     for token in generate(model, ids, cfg, tokenizer.n_vocab):
         yield decoder.decode(tokenizer.decode_bytes([token]))
 
@@ -113,14 +115,15 @@ def main(cfg):
     text = read_start(cfg.start)
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
-    opened = open_model(checkpoint.source(cfg.init_from, cfg.out_dir))
+    source = checkpoint.source(cfg.init_from, cfg.out_dir)      # a folder, a file, or "gpt2"
+    opened = open_model(source)
     print(f"{opened.label}, {runtime.device_name(device)}, {dtype}")
     # cuDNN's attention is slow at each new length: 40 ms a token on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = opened.model
     if device.type == "cpu" and dtype is torch.float32:
         for weight in model.parameters():
-            if weight.dim() == 2:       # store it by columns: a token takes 3/4 of the time
+            if weight.dim() == 2:       # the same matrix, stored by columns: 3/4 of the time
                 weight.data = weight.data.T.contiguous().T
     action = interact if cfg.interactive else write_samples
     try:

@@ -40,10 +40,10 @@ class TrainConfig(GPTConfig):
     eval_only: bool = False             # evaluate once and exit
     always_save_checkpoint: bool = True     # False: save only if val improved
     save_minutes: float = 10.0          # save ckpt.pt at least this often
-    max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
-    hours: float = 0.0                  # set max_iters so that the run lasts this long; 0 = off
-    # resume: continue the run in out_dir. FILE.pt: continue from that checkpoint.
-    # gpt2, or a folder (of a run, or a transformers model): start a new run with its weights
+    max_hours: float = 0.0              # stop after so many hours, at any step; 0 = no limit
+    hours: float = 0.0                  # choose max_iters: a whole run of so many hours; 0 = off
+    # init_from = "resume" goes on with the run in out_dir, "FILE.pt" goes on from that checkpoint;
+    # "gpt2", or a folder (of a run, or a transformers model), starts a new run with its weights
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
     force: bool = False                 # start although memory is short, or settings have changed
@@ -53,8 +53,8 @@ class TrainConfig(GPTConfig):
     n_tokens: int = 0                   # dry_run: number of tokens; 0 = that of the dataset
     # wandb, tensorboard
     wandb_log: bool = False             # also log to Weights & Biases
-    wandb_project: str = "owt"          # its project; nanoGPT's name for OpenWebText
-    wandb_run_name: str = "gpt2"        # the name of the run in it
+    wandb_project: str = "owt"          # project in Weights & Biases
+    wandb_run_name: str = "gpt2"        # name of the run in this project
     tensorboard_log: bool = False       # also write TensorBoard's files into out_dir
     # data
     dataset: str = "openwebtext"        # folder under data/
@@ -88,8 +88,8 @@ class TrainConfig(GPTConfig):
     head_weight_decay: float = 0.01     # for the head
     momentum: float = 0.95              # highest momentum of Muon; it begins at 0.85
     momentum_warmup: int = 300          # steps in which the momentum rises
-    muon_beta2: float = 0.95            # decay of the average square of each row; 0 = off
-    cautious: bool = True               # decay a weight only where its update makes it smaller
+    muon_beta2: float = 0.95            # decay of NorMuon's average squares; 0 = no NorMuon
+    cautious: bool = True               # decay a weight only if its update shrinks it, too
     # machine
     backend: str = "auto"               # how processes talk: nccl on CUDA, else gloo
     device: str = "auto"                # cuda, cuda:1, mps, cpu; auto takes the best one
@@ -100,6 +100,7 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # the limits are far away: they catch typing errors, and numbers that would overflow
         in_range(1, 10**9, self, "eval_interval", "log_interval", "eval_iters",
                  "gradient_accumulation_steps", "lr_decay_iters")
         in_range(0, 10**9, self, "max_iters", "warmup_iters", "momentum_warmup")
@@ -120,14 +121,13 @@ class TrainConfig(GPTConfig):
         if not self.dry_run and (self.device_name or self.n_tokens):
             raise UserError("device_name and n_tokens are for a plan; add --dry_run")
         if self.batch_size == 0 and self.tokens_per_step == 0:
-            n = self.gradient_accumulation_steps
-            usual_batch = TrainConfig.batch_size        # the default
-            usual = usual_batch * n * self.block_size
+            usual = TrainConfig.batch_size      # the default
+            tokens = usual * self.gradient_accumulation_steps * self.block_size
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
-                            f"a step is. {usual_batch} windows x {n} x {self.block_size:,} are "
-                            f"--tokens_per_step={usual}")
+                            f"a step is. With batch_size = {usual}, it is that of "
+                            f"--tokens_per_step={tokens}")
         micro_batch = max(self.batch_size, 1) * self.block_size     # 0 counts as one window
-        if self.tokens_per_step % micro_batch > 0:
+        if self.tokens_per_step and self.tokens_per_step % micro_batch > 0:
             nearest = max(round(self.tokens_per_step / micro_batch), 1) * micro_batch
             raise UserError(f"tokens_per_step = {self.tokens_per_step:,} does not divide into "
                             f"micro-batches of batch_size x block_size = {micro_batch:,} tokens. "
@@ -158,19 +158,20 @@ def model_config_of(cfg, saved):
 
 
 def plan_of(cfg, model_config, machine, known_tokens=None, past=None):
-    """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits."""
+    """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits.
+
+    `known_tokens` is dataset.KnownTokens; None if nobody knows how large the dataset is.
+    """
     past = past or {}                   # the checkpoint from which a run goes on; {}: a new run
     with torch.device("meta"):          # a model without memory, only to count its parameters
         model = GPT(model_config)
     counts = model.count_parameters()
     size = plan.Size(model_config, counts["total"], counts["blocks"], model.flops_per_token())
-    # fit: how a micro-batch is computed (batch_size, chunk of the loss, recompute). A run that goes
-    # on keeps it, so that its numbers are rounded as before. It keeps its val windows, too, so that
-    # its val losses can be compared
-    fit = memory.choose(cfg, size, machine, past.get("fit"))
-    usual_batch = cfg.batch_size or TrainConfig.batch_size      # 0: take the default
-    usual_windows = cfg.eval_iters * usual_batch
-    val_windows = past.get("val_windows", usual_windows)
+    # fit: how a micro-batch is computed (batch_size, chunk of the loss, recompute)
+    fit = memory.choose(cfg, size, machine, past.get("fit"))    # the old one gives the same numbers
+    # the val windows do not depend on what fits: so val losses of all machines can be compared
+    batch_size = cfg.batch_size or TrainConfig.batch_size       # 0: take the default
+    val_windows = past.get("val_windows", cfg.eval_iters * batch_size)
     cfg = replace(cfg, batch_size=fit.batch_size)
     return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens,
                      steps_before=past.get("iter_num", 0))
@@ -192,8 +193,9 @@ def recipe_advice(cfg, machine, known_tokens):
 
 def make_plan(cfg, model_config, saved, world):
     """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
-    past = saved if resume.goes_on(cfg) else {}     # init_from: resume or FILE.pt
-    cfg = resume.with_fitted_steps(cfg, past, world)        # a resume keeps the steps of --hours
+    # saved: the checkpoint with our first weights. past: the same one, if its run goes on
+    past = saved if resume.goes_on(cfg) else {}
+    cfg = resume.keep_fitted_steps(cfg, past, world)        # max_iters that --hours has chosen
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -237,7 +239,7 @@ def open_data(cfg, model_config, saved, world):
 def make_state(cfg, model_config, saved, fixed_parts, world):
     """The State of the run: new, or as the checkpoint `saved` has it.
 
-    `fixed_parts` are what every checkpoint also holds and no step changes, such as data checksums.
+    `fixed_parts` is written into every checkpoint and never changes, such as data checksums.
     """
     torch.manual_seed(cfg.seed)
     model = GPT(model_config)
@@ -259,7 +261,7 @@ def make_state(cfg, model_config, saved, fixed_parts, world):
 def evaluate(batches, model, val_data, n_windows):
     """Mean loss over the first `n_windows` of val: the same ones every time.
 
-    `batches.size` is the number of windows at a time, which halve_until_it_fits() may have halved.
+    `batches` are those of training: an evaluation takes as many windows at a time as they do.
     """
     model.eval()
     loss_sum = torch.zeros((), device=batches.world.device)
@@ -283,7 +285,7 @@ def sample(model, tokenizer, cfg, world):
     model.eval()
     with world.autocast():
         ids = list(generate(model, [tokenizer.start], sampling, tokenizer.n_vocab,
-                            fixed_shapes=False))        # fixed shapes pay only for long samples
+                            fixed_shapes=False))        # they are faster only for long samples
     model.train()
     return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -291,7 +293,7 @@ def sample(model, tokenizer, cfg, world):
 def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
     ddp_model.zero_grad()               # drop the gradients of the last step, or of a failed call
-    loss_sum = 0.0
+    mean_loss = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP (only DDP) reads this: exchange gradients only in the last micro-batch
         is_last = i == batches.per_step - 1
@@ -299,8 +301,8 @@ def forward_backward(batches, ddp_model, step, scaler):
         with batches.world.autocast():
             loss = ddp_model(idx, targets) / batches.per_step
         scaler.scale(loss).backward()
-        loss_sum = loss_sum + loss.detach()
-    return loss_sum
+        mean_loss = mean_loss + loss.detach()       # loss is divided by per_step already
+    return mean_loss
 
 
 def halve_until_it_fits(compute, batches, *args):
@@ -324,14 +326,16 @@ def halve_until_it_fits(compute, batches, *args):
 def fit_to_hours(cfg, log, progress, world):
     """`cfg` with as many steps as fit into its hours, at the speed that `log` has measured."""
     run_plan = log.measured_plan()
+    tokens_per_s = run_plan.measured
     seconds_left = 3600 * (cfg.hours - log.hours_of_run())
-    steps = plan.steps_in(run_plan, seconds_left, run_plan.measured)
+    steps = plan.steps_in(run_plan, seconds_left, tokens_per_s)
     steps = world.gather(steps)[0]      # all ranks take the number of rank 0
     cfg = plan.with_steps(cfg, steps, progress.step)
-    progress.fitted_hours = cfg.hours
-    log.set_plan(replace(run_plan, cfg=cfg))
+    progress.fitted_hours = cfg.hours   # done; a resume knows it from the checkpoint
+    run_plan = replace(run_plan, cfg=cfg)
+    log.set_plan(run_plan)
     world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
-                f"again:\n{plan.text(log.plan)}")
+                f"again:\n{plan.text(run_plan)}")
     return cfg
 
 
@@ -364,11 +368,11 @@ def main(cfg):
         return
 
     # data: an epoch shuffles all documents, joins them and cuts them into windows of block_size
-    # tokens. Windows are numbered through all epochs: number w is in epoch w // n_windows. Step s
-    # takes s * windows_per_step to (s + 1) * windows_per_step - 1. So a resume needs only the step
+    # tokens. Windows are numbered through all epochs, and each step takes the next windows_per_step
+    # of them. So the number of the step is all that a resume needs
     train_data, val_data, tokenizer = open_data(cfg, model_config, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
-    n_check = min(n_val, cfg.batch_size)                       # windows of a check before a save
+    n_check = min(n_val, cfg.batch_size)       # of these, in a save without an evaluation
 
     # model, optimizer, loss scaler, step; the fixed parts go into every checkpoint
     fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, tokenizer)
@@ -380,18 +384,18 @@ def main(cfg):
     model.loss_chunk = run_plan.fit.chunk       # tokens whose loss is computed at a time
     log = RunLog(run_plan, world, progress)
     if world.is_main and not cfg.eval_only:
-        resume.open_folder(cfg, progress)
-        log.open(train_data)
+        resume.open_folder(cfg, progress)       # files of an old run stay until the first save
+        log.open(train_data)                    # it counts epochs by the size of the data
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
         model.compile(run_plan.fit.recompute, dynamic=False)    # in place: no _orig_mod. in names
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
-    guard = Guard(model_config.vocab_size, scaler)  # stops a run that diverges
+    guard = Guard(model_config.vocab_size, scaler)  # ends a run whose loss is far above ln(V)
     stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
-    gc.freeze()                                 # gc.collect() in save() skips what exists now
     gc.disable()                                # Python's garbage collector would delay steps
+    gc.freeze()                                 # save() collects, but not what exists already
 
     while True:
         step = progress.step
@@ -411,19 +415,19 @@ def main(cfg):
 
         # save ckpt.pt; copy it to best.pt if val improved, and to stable.pt before a cooldown
         improved = evaluates and progress.val_loss < progress.best_val_loss
-        out_of_time = trained and cfg.max_hours > 0 and log.hours_of_process() > cfg.max_hours
+        out_of_time = trained and cfg.max_hours > 0 and log.hours_since_start() > cfg.max_hours
         ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
-        overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
+        overdue = world.any(time.monotonic() - saved_time > 60 * cfg.save_minutes)
         worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
         stable = optim.is_before_cooldown(step, cfg)            # wsd: true once
-        if trained and world.any(ending or worth_saving or stable or overdue):
+        if trained and (ending or worth_saving or stable or overdue):
             check_loss = progress.val_loss
             if not evaluates:                   # a few windows show whether the model is broken
                 check_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, check_loss)     # ends a run that has diverged
             progress.hours = log.hours_of_run()
-            resume.save(state, cfg, world, is_best=improved, is_stable=stable)
-            log.flush()                         # with --overwrite, this replaces the old log
+            resume.save(state, cfg, world, is_best=improved, is_stable=stable)  # new best_val_loss
+            log.flush()                         # its lines wait until an old run may be replaced
             saved_time = time.monotonic()
         if ending:
             break
@@ -436,17 +440,17 @@ def main(cfg):
         max_norm = cfg.grad_clip or math.inf    # inf: only measure the norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         loss, grad_norm = torch.stack([world.mean(loss), grad_norm]).tolist()   # waits for the GPU
-        guard.before_update(step + 1, loss, grad_norm)
+        guard.before_update(step + 1, loss, grad_norm)          # reports count steps from 1
         update(optimizer, scaler)
         progress.step += 1
         log.step(loss, lr, grad_norm, time.monotonic() - started)
-        if log.just_measured and cfg.hours != progress.fitted_hours:
-            cfg = fit_to_hours(cfg, log, progress, world)       # once, as the speed is known now
+        if log.just_measured and cfg.hours != progress.fitted_hours:    # both 0: no --hours
+            cfg = fit_to_hours(cfg, log, progress, world)
 
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, world)         # raises if the last save failed (it only warned)
+    resume.check_saved(progress, world)         # a UserError if the last save failed
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ class RunLog:
         if not self.progress.holds_old_run:
             self.file.flush()
 
-    def hours_of_process(self):
+    def hours_since_start(self):
         """Hours since this process began to train."""
         return (time.monotonic() - self.started) / 3600
 
     def hours_of_run(self):
         """Hours of training so far, over all processes that went on with this run."""
-        return self.hours_before + self.hours_of_process()
+        return self.hours_before + self.hours_since_start()
 
     def evaluation(self, val_loss, sample):
         """Report a validation loss, and what the model writes now."""
@@ -217,7 +217,7 @@ class RunLog:
         if step >= self.cfg.max_iters:
             reason = "finished"
             advice = NEXT.format(out_dir=self.out_dir)
-        elif self.cfg.max_hours and self.hours_of_process() > self.cfg.max_hours:
+        elif self.cfg.max_hours and self.hours_since_start() > self.cfg.max_hours:
             reason = "max_hours are over: stopped"
         if self.progress.holds_old_run or not (self.out_dir / "ckpt.pt").is_file():
             advice = "Nothing was saved"

@@ -197,7 +197,7 @@ def test_interactive_continues_each_text_and_ctrl_c_stops_only_that(work, monkey
     ("--repetition_penalty=0", "repetition_penalty = 0.0 must be from 1 to"),
     ("--temperature=0.001", "temperature = 0.001 must be from 0.01 to"),
     ("--start=FILE:gone.txt", "No such file or directory: 'gone.txt'"),
-    ("--start=FILE:latin.txt", "'FILE:latin.txt' must name a text file in UTF-8: 'utf-8' codec")])
+    ("--start=FILE:latin.txt", "must name a text file in UTF-8 or UTF-16: 'utf-8' codec")])
 def test_mistakes_get_one_sentence(written, setting, sentence):
     save(small())
     Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
