@@ -8,18 +8,18 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch._functorch.config  # what backward recomputes; torch has no public setting for it
+import torch._functorch.config  # for GPT.compile(); torch has no public setting for it
 import torch.nn as nn
 from torch.nn import functional as F
 
 from onecard import checkpoint, tokenizers
 from onecard.attention import causal_attention, rotary_angles, rotate
 from onecard.loss import SMALLEST_CHUNK, linear_cross_entropy, loss_of_logits
-from onecard.runtime import product_dtype
+from onecard.runtime import matmul_dtype
 from onecard.settings import UserError, convert, in_range, one_of
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-NANOGPT_ARGS = (*SIZES, "dropout", "bias")
+NANOGPT_ARGS = (*SIZES, "dropout", "bias")      # what a checkpoint of nanoGPT says
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GPTConfig:
 
     def __post_init__(self):
         in_range(1, 1000, self, "n_layer")
-        in_range(1, 2**16, self, "vocab_size", "n_head", "n_embd")      # an id is a uint16
+        in_range(1, 2**16, self, "vocab_size", "n_head", "n_embd")      # ids are uint16
         in_range(1, 2**20, self, "block_size")
         in_range(0, 2**20, self, "n_inner")
         in_range(1, 10**12, self, "rope_theta")
@@ -74,14 +74,16 @@ class GPTConfig:
                             f"{', '.join(unknown)}, which are no longer read")
         if missing := sorted(set(SIZES) - args.keys()):
             raise UserError(f"this checkpoint does not say its {', '.join(missing)}")
-        values = {key: convert(value, known[key], f"this checkpoint has {key} = {value!r}")
-                  for key, value in args.items()}       # in the type of the setting, or a UserError
-        return cls(**values)
+        for key, value in args.items():
+            source = f"this checkpoint has {key} = {value!r}"       # begins the message of an error
+            args[key] = convert(value, known[key], source)
+        return cls(**args)
 
     def model_args(self):
         """The dict in a checkpoint: nanoGPT's seven settings, and others that were changed."""
+        defaults = asdict(GPTConfig())
         return {key: value for key, value in asdict(self).items()
-                if key in NANOGPT_ARGS or value != getattr(GPTConfig, key)}
+                if key in NANOGPT_ARGS or value != defaults[key]}
 
     @property
     def head_size(self):
@@ -89,9 +91,11 @@ class GPTConfig:
 
     @property
     def inner_size(self):
+        """The hidden width of the MLP: n_inner, or what a 0 means."""
         if self.n_inner:
             return self.n_inner
-        # swiglu has three matrices, the others two: 3 x 8/3 C = 2 x 4 C. GPUs like multiples of 64
+        # swiglu has three matrices, the others two: 8/3 C makes as many weights as 4 C. GPUs are
+        # fast with multiples of 64
         if self.mlp == "swiglu":
             return math.ceil(8 * self.n_embd / 3 / 64) * 64
         return 4 * self.n_embd
@@ -105,14 +109,14 @@ class GPTConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in fp32: for a bf16 input, torch would make its weights bf16."""
+    """torch's LayerNorm, computed in fp32, whatever the dtype of `x` is."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed in fp32 as well."""
+    """torch's RMSNorm, computed in fp32, whatever the dtype of `x` is."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
@@ -126,6 +130,8 @@ def make_norm(config, size):
 
 
 class CausalSelfAttention(nn.Module):
+    """Its layers have OpenAI's names; the c_ stands for a convolution of width 1, a Linear."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer              # index of this block's part in a KV cache
@@ -148,11 +154,11 @@ class CausalSelfAttention(nn.Module):
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B, H, T, D)
-        if cache is None:
+        if cache is None:               # training: a whole window
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q, k, v, dropout)
-        else:
-            k, v = cache.extend(self.layer, k, v)                             # all tokens so far
+        else:                           # sampling: new tokens look at all tokens so far
+            k, v = cache.extend(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -167,7 +173,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)                                                      # (B, T, inner)
+        x = self.c_fc(x)                                                  # (B, T, mlp_width)
         if self.kind == "swiglu":
             gate, value = x.chunk(2, dim=2)
             x = F.silu(gate) * value
@@ -195,8 +201,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_of_logits = loss_of_logits    # compile() puts a compiled function here
-        self.loss_chunk = SMALLEST_CHUNK        # tokens in a chunk of the loss
+        self.chunk_loss = loss_of_logits        # compile() puts a compiled one here
+        self.tokens_per_chunk = SMALLEST_CHUNK  # train.py sets what is best
         # OpenAI's names: wte, wpe are the token and position embedding, h the blocks
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
@@ -218,7 +224,7 @@ class GPT(nn.Module):
         matrix_std, head_std = 0.02, 0.02
         residual_std = 0.02 / math.sqrt(2 * c.n_layer)      # the residual stream sums 2 L outputs
         if c.zero_init:
-            matrix_std = 0.55 / math.sqrt(c.n_embd)         # nanochat and modded-nanogpt found it
+            matrix_std = 0.55 / math.sqrt(c.n_embd)         # by experiments of nanochat
             residual_std, head_std = 0.0, 0.0
         embedding_std = 0.02
         # embed_norm makes every embedding the same length. But a tied head needs small weights
@@ -245,13 +251,14 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """The final hidden states (B, T, C) of `idx` (B, T); lm_head makes logits of them.
 
-        A `cache` holds keys and values of the tokens before `idx`.
+        A `cache` (generate.KVCache) holds keys and values of the tokens before `idx`.
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit the context"
-        positions = slice(0, T)         # rows of wpe or cos_sin: a slice, or a tensor (T,)
-        if cache is not None:
-            positions = cache.advance(T)
+        if cache is None:
+            positions = slice(0, T)     # rows of wpe or cos_sin
+        else:
+            positions = cache.advance(T)    # the next T of them, as a tensor (T,)
         x = self.transformer.wte(idx)                                         # (B, T, C)
         if self.config.embed_norm:
             x = F.rms_norm(x, (self.config.n_embd,), eps=1e-6)
@@ -261,8 +268,10 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe.weight[positions]
         x = self.transformer.drop(x)
-        if product_dtype(x.device.type) is torch.bfloat16:
-            x = x.bfloat16()            # half the memory traffic; not for fp16, it may overflow
+        # under bf16 autocast, the residual stream is bf16, too: half the memory traffic. fp16 could
+        # overflow
+        if matmul_dtype(x.device.type) is torch.bfloat16:
+            x = x.bfloat16()
         for block in self.transformer.h:
             x = block(x, cos_sin, cache)
         return self.transformer.ln_f(x)
@@ -276,8 +285,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        return linear_cross_entropy(x, self.lm_head.weight, targets, self.loss_chunk,
-                                    self.loss_of_logits)
+        return linear_cross_entropy(x, self.lm_head.weight, targets, self.tokens_per_chunk,
+                                    self.chunk_loss)
 
     def compile(self, recompute=False, **options):
         """Compile in place; the weights keep their names.
@@ -285,11 +294,11 @@ class GPT(nn.Module):
         With `recompute`, backward computes cheap activations again instead of reading them: half
         the memory, some 2 % slower.
         """
-        # True forbids torch to compute them again
+        # the setting forbids what `recompute` allows
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
-        # two graphs: a single one would keep the logits of all chunks until its end
+        # two graphs: a single one would keep the logits of all chunks until the loss is complete
         self.hidden = torch.compile(self.hidden, **options)
-        self.loss_of_logits = torch.compile(self.loss_of_logits, **options)
+        self.chunk_loss = torch.compile(self.chunk_loss, **options)
 
     def count_parameters(self):
         """{"total": all parameters, "blocks": all but the embeddings and the head}."""
@@ -317,7 +326,8 @@ class GPT(nn.Module):
 
     def load_weights(self, parts):
         """Take the weights of a checkpoint."""
-        # nanoGPT: compiled models have the prefix _orig_mod., and older ones a mask h.0.attn.bias
+        # nanoGPT: compiled models have the prefix _orig_mod., and older ones a mask in attn.bias
+        # (the biases that we need are in attn.c_attn.bias)
         weights = {name.removeprefix("_orig_mod."): w for name, w in parts["model"].items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         wpe = "transformer.wpe.weight"
@@ -332,8 +342,8 @@ class GPT(nn.Module):
                                 f"{ours.get(name)} (None: there is no such weight)")
         for name, weight in weights.items():
             if not (weight.is_floating_point() and weight.isfinite().all()):
-                raise UserError(f"the {name} of this model holds nan, infinity or whole numbers: "
-                                "it cannot be used")
+                raise UserError(f"the {name} of this model must be floating-point numbers without "
+                                "nan and infinity; the model cannot be used")
         embedding, head = weights["transformer.wte.weight"], weights["lm_head.weight"]
         if self.config.tie_word_embeddings and not torch.equal(embedding, head):
             raise UserError("this model has a head of its own, and its settings say that the head "
@@ -351,12 +361,12 @@ class OpenedModel:
 
 
 def open_model(name):
-    """The model in a run's folder, a .pt file, "gpt2", ..., or a folder of transformers."""
+    """The model of a run's folder, a .pt file, "gpt2" (or larger), or a transformers folder."""
     parts, label = checkpoint.read(name)
     model, tokenizer = GPT.from_checkpoint(parts), tokenizers.of_checkpoint(parts)
     if isinstance(tokenizer, tokenizers.UnknownTokenizer):
         raise UserError(f"{label}: its {model.config.vocab_size:,} ids are neither GPT-2's nor "
-                        "characters of a known dataset, so they cannot become text. For nanoGPT's "
-                        "characters, the folder with their meta.pkl must be under data/")
+                        "characters of a known dataset, so they cannot become text. If nanoGPT "
+                        "made the dataset, its folder with meta.pkl must be under data/")
     dataset = parts.get("config", {}).get("dataset", "")
     return OpenedModel(model, label, tokenizer, str(dataset))

@@ -29,21 +29,21 @@ class PrepareConfig:
     files: tuple = ()                   # text files or folders; none: the one file under data/
     dataset: str = ""                   # folder under data/; "": fineweb, or sample with --sample
     val: str = ""                       # a file to validate on; "": draw documents from the files
-    val_fraction: float = 0.0           # share of documents for val; 0: by the size of the text
+    val_fraction: float = 0.0           # share of documents for val; 0: 0.5 %, more of short text
     text_column: str = "text"           # column or field that holds the text
     seed: int = 1337                    # decides which documents are drawn
     encoder: str = "auto"               # gigatoken (a fast package), tiktoken (same ids) or auto
     num_proc: int = 0                   # threads (nanoGPT's name); 0: one for each core
     download: bool = False              # fetch FineWeb's first file and prepare it
     sample: bool = False                # make a small dataset from Python's documentation
-    force: bool = False                 # prepare again, even over a dataset of other files
+    force: bool = False                 # replace what is in the dataset's folder, whatever it is
 
     def __post_init__(self):
         in_range(0, 0.99999, self, "val_fraction")     # training needs a share, too
         in_range(0, 1024, self, "num_proc")
         in_range(0, 2**63 - 1, self, "seed")
         one_of(self, encoder=("auto", "gigatoken", "tiktoken"))
-        # one name of a folder: no path, and not the parent
+        # Path(...).name drops folders in front of a name
         if self.dataset != Path(self.dataset).name or self.dataset == "..":
             raise UserError(f"dataset = {self.dataset!r} must be a name without / or .., as the "
                             f"dataset is written to {datafiles.DATA}/NAME")
@@ -92,7 +92,7 @@ def is_made_from(folder, inputs):
     present = [name for name in datafiles.NAMES if (folder / name).exists()]
     if not present:
         return False
-    meta = datafiles.read_meta(folder)      # inputs are in it; None: nanoGPT made the folder
+    meta = datafiles.read_meta(folder)      # it has the keys of inputs. None: nanoGPT's folder
     if meta and comparison_key(meta) == comparison_key(inputs):
         is_whole = len(present) == len(datafiles.NAMES)
         return is_whole
@@ -103,20 +103,21 @@ def is_made_from(folder, inputs):
 def write_splits(files, cfg, writers, bar):
     """Encode all documents into the two splits. Returns what was counted on the way.
 
-    A document goes to val if its hash is below a limit: a random choice that puts equal documents
-    into the same split. With --val, train leaves out every document that is also in the val files.
+    A document goes to val if its hash is below a limit. The hash is made from the seed and its ids:
+    a random choice that puts equal documents into the same split. With --val, nothing is drawn, and
+    train leaves out every document that is also in the val files.
     """
     counts = Counter()                          # documents.batches() adds to it while it reads
     val_hashes = np.zeros(0, np.uint64)
     limit = 0                                   # draw nothing for val
     if not cfg.val:
-        limit = val_hash_limit(files["train"], cfg)
+        limit = val_hash_limit(files["train"], cfg)     # by val_fraction, or the size of the text
     texts = documents.batches(files["val"], cfg.text_column, counts)
     for batch in encoder.encode(texts, cfg):
         val_hashes = np.append(val_hashes, batch.hashes)
         all_of_it = np.ones(len(batch.hashes), bool)
         writers["val"].add(batch, all_of_it)
-        bar.update(counts["bytes read"] - bar.n)            # update() adds: only the new bytes
+        move_bar(bar, counts["bytes read"])
     texts = documents.batches(files["train"], cfg.text_column, counts)
     for batch in encoder.encode(texts, cfg):
         to_val = batch.hashes < limit
@@ -124,8 +125,13 @@ def write_splits(files, cfg, writers, bar):
         writers["val"].add(batch, to_val)
         writers["train"].add(batch, ~to_val & ~in_val_files)
         counts["in both splits"] += int(in_val_files.sum())
-        bar.update(counts["bytes read"] - bar.n)
+        move_bar(bar, counts["bytes read"])
     return counts
+
+
+def move_bar(bar, n_bytes):
+    """Let the progress bar show `n_bytes`. tqdm's update() takes the difference."""
+    bar.update(n_bytes - bar.n)
 
 
 def prepare(files, folder, cfg, inputs):
@@ -137,6 +143,7 @@ def prepare(files, folder, cfg, inputs):
         print("it is many times as fast after `pip install gigatoken`")
     n_bytes = sum(path.stat().st_size for path in files["train"] + files["val"])
     with datafiles.new_dataset(folder) as writers:
+        # disable=None: no bar where the output is no terminal
         with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True, disable=None) as bar:
             counts = write_splits(files, cfg, writers, bar)
         skipped = {reason: counts[reason] for reason in ("null", "empty", "in both splits")

@@ -53,12 +53,12 @@ def read_start(start):
 
 
 def encode_prompt(text, tokenizer, block_size):
-    """The tokens of `text`, after the token that begins each document of the training data."""
+    """The tokens of `text`. GPT-2's begin with end-of-text, as each document of training does."""
     is_gpt2 = isinstance(tokenizer, tokenizers.GPT2Tokenizer)
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
     ids = tokenizer.encode(text).tolist()
-    if is_gpt2 or not ids:              # characters: no such token, but an empty text needs one
+    if is_gpt2 or not ids:              # of characters, only an empty text needs a first token
         ids = [tokenizer.start] + ids
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; the model sees the last {block_size:,} of "
@@ -69,7 +69,7 @@ def encode_prompt(text, tokenizer, block_size):
 def continuation(model, tokenizer, ids, cfg):
     """Yield what the model writes after the tokens `ids`, a piece of text for each token."""
     make_decoder = codecs.getincrementaldecoder("utf-8")
-    decoder = make_decoder(errors="replace")    # it waits for the rest of a letter
+    decoder = make_decoder(errors="replace")    # it waits until all bytes of a letter are there
     for token in generate(model, ids, cfg, tokenizer.n_vocab):
         yield decoder.decode(tokenizer.decode_bytes([token]))
 
@@ -121,13 +121,14 @@ def main(cfg):
     # cuDNN's attention is slow at each new length: 40 ms a token on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = opened.model
+    # on a CPU, a token takes 3/4 of the time if the matrices are stored by columns
     if device.type == "cpu" and dtype is torch.float32:
         for weight in model.parameters():
-            if weight.dim() == 2:       # the same matrix, stored by columns: 3/4 of the time
+            if weight.dim() == 2:
                 weight.data = weight.data.T.contiguous().T
     action = interact if cfg.interactive else write_samples
     try:
-        with runtime.World(device, dtype).autocast():
+        with runtime.World(device, dtype).autocast():       # a world of one process
             action(model.to(device), opened.tokenizer, text, cfg)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
@@ -137,4 +138,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    # prints_results: end if the reader of the output (such as head) is gone
     configure_and_run(main, SampleConfig, __doc__, prints_results=True)

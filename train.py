@@ -4,7 +4,7 @@ Train a GPT on a prepared dataset, on one GPU, on a CPU, or on several GPUs.
     python train.py config/quickstart.py                            # a first GPT, on any computer
     python train.py config/train_fineweb_4070_overnight.py          # the real run, on one card
     python train.py config/train_fineweb_4070_overnight.py --init_from=resume   # go on with it
-    python train.py config/train_fineweb_4070_overnight.py --dry_run --device_name='RTX 4070'
+    python train.py config/train_fineweb_4070_week.py --dry_run     # only print the plan
     torchrun --standalone --nproc_per_node=2 train.py --dataset=mine    # several cards
 
 Ctrl-C finishes the step, saves and exits; a second one exits at once. `--help` lists every setting.
@@ -30,7 +30,7 @@ from onecard.settings import UserError, configure, configure_and_run, in_range, 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """The settings of a run. Those of the network are GPTConfig's."""
+    """The settings of a run. GPTConfig has those of the network."""
     # output
     out_dir: str = "out"                # folder of ckpt.pt, best.pt, log.jsonl, config.py, loss.png
     eval_interval: int = 2000           # steps from one evaluation to the next
@@ -38,22 +38,22 @@ class TrainConfig(GPTConfig):
     eval_iters: int = 200               # batches of val in an evaluation: always the same ones
     sample_tokens: int = 60             # tokens of the sample after an evaluation; 0 = no sample
     eval_only: bool = False             # evaluate once and exit
-    always_save_checkpoint: bool = True     # False: save only if val improved
-    save_minutes: float = 10.0          # save ckpt.pt at least this often
-    max_hours: float = 0.0              # stop after so many hours, at any step; 0 = no limit
-    hours: float = 0.0                  # choose max_iters: a whole run of so many hours; 0 = off
-    # init_from = "resume" goes on with the run in out_dir, "FILE.pt" goes on from that checkpoint;
-    # "gpt2", or a folder (of a run, or a transformers model), starts a new run with its weights
+    always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
+    save_minutes: float = 10.0          # save at least this often, in any case
+    max_hours: float = 0.0              # a pause: save and stop after so many hours; 0 = off
+    hours: float = 0.0                  # a plan: choose max_iters so that all is done then; 0 = off
+    # init_from: resume continues the run in out_dir; FILE.pt continues the run that wrote it;
+    # gpt2, or a folder (of a run or a transformers model), gives a new run its first weights
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
     overwrite: bool = False             # start over in out_dir and replace the run in it
-    force: bool = False                 # start although memory is short, or settings have changed
+    force: bool = False                 # start even if memory is short or a resume has other data
     # the plan
     dry_run: bool = False               # print the plan and exit; changes nothing on the disk
     device_name: str = ""               # dry_run: plan for this card, such as 'RTX 4070'
-    n_tokens: int = 0                   # dry_run: number of tokens; 0 = that of the dataset
+    n_tokens: int = 0                   # dry_run: plan for a text of so many; 0 = the dataset's
     # wandb, tensorboard
     wandb_log: bool = False             # also log to Weights & Biases
-    wandb_project: str = "owt"          # project in Weights & Biases
+    wandb_project: str = "owt"          # project in Weights & Biases; owt: OpenWebText
     wandb_run_name: str = "gpt2"        # name of the run in this project
     tensorboard_log: bool = False       # also write TensorBoard's files into out_dir
     # data
@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     tokens_per_step: int = 0            # replaces gradient_accumulation_steps; 0 = off
     seed: int = 1337                    # random seed for first weights, data order and dropout
     # model: block_size, n_layer, ... are GPTConfig's
-    bias: bool = False                  # biases in Linear and LayerNorm; without them: faster
+    bias: bool = False                  # no biases in Linear and LayerNorm (GPTConfig: True)
     # optimizer
     optimizer: str = "adamw"            # adamw; muon: Muon for matrices, AdamW for the rest
     learning_rate: float = 6e-4         # the highest rate; muon needs about 0.02
@@ -80,7 +80,7 @@ class TrainConfig(GPTConfig):
     min_lr: float = 6e-5                # the last learning rate; usually a tenth of the highest
     # only for optimizer = 'muon'
     # embedding_lr and head_lr are for a width of 768; they are multiplied by sqrt(768 / n_embd).
-    # A tied head and the token embedding are one matrix, which takes the settings of the head
+    # With tie_word_embeddings, the embedding is the head: then only the head's settings are used
     embedding_lr: float = 0.25          # rate for the token embedding
     head_lr: float = 0.003              # rate for the head
     scalar_lr: float = 0.006            # rate for other weights: norms, biases, positions
@@ -88,8 +88,8 @@ class TrainConfig(GPTConfig):
     head_weight_decay: float = 0.01     # for the head
     momentum: float = 0.95              # highest momentum of Muon; it begins at 0.85
     momentum_warmup: int = 300          # steps in which the momentum rises
-    muon_beta2: float = 0.95            # decay of NorMuon's average squares; 0 = no NorMuon
-    cautious: bool = True               # decay a weight only if its update shrinks it, too
+    muon_beta2: float = 0.95            # NorMuon (onecard/optim.py): decay of averages; 0 = off
+    cautious: bool = True               # no weight_decay where the step makes the weight larger
     # machine
     backend: str = "auto"               # how processes talk: nccl on CUDA, else gloo
     device: str = "auto"                # cuda, cuda:1, mps, cpu; auto takes the best one
@@ -114,7 +114,7 @@ class TrainConfig(GPTConfig):
         one_of(self, optimizer=("adamw", "muon"), lr_schedule=("cosine", "wsd"),
                backend=("auto", "nccl", "gloo"), recompute=("auto", "yes", "no"))
         if self.recompute == "yes" and not self.compile:
-            raise UserError("recompute = 'yes' works only with --compile=True")
+            raise UserError("recompute = 'yes' needs --compile=True: torch.compile does it")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
         optim.check_schedule(self)      # the warm-up must leave room for the decay
@@ -124,14 +124,15 @@ class TrainConfig(GPTConfig):
             usual = TrainConfig.batch_size      # the default
             tokens = usual * self.gradient_accumulation_steps * self.block_size
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
-                            f"a step is. With batch_size = {usual}, it is that of "
+                            f"a step is. The default batch_size, {usual}, makes steps of "
                             f"--tokens_per_step={tokens}")
-        micro_batch = max(self.batch_size, 1) * self.block_size     # 0 counts as one window
-        if self.tokens_per_step and self.tokens_per_step % micro_batch > 0:
-            nearest = max(round(self.tokens_per_step / micro_batch), 1) * micro_batch
+        in_micro_batch = max(self.batch_size, 1) * self.block_size      # 0 counts as one window
+        if self.tokens_per_step and self.tokens_per_step % in_micro_batch > 0:
+            nearest = max(round(self.tokens_per_step / in_micro_batch), 1) * in_micro_batch
             raise UserError(f"tokens_per_step = {self.tokens_per_step:,} does not divide into "
-                            f"micro-batches of batch_size x block_size = {micro_batch:,} tokens. "
-                            f"Nearest that works: --tokens_per_step={nearest}")
+                            "micro-batches of batch_size x block_size = "
+                            f"{in_micro_batch:,} tokens. Nearest that works: "
+                            f"--tokens_per_step={nearest}")
 
     @property
     def windows_per_step(self):
@@ -150,52 +151,58 @@ def model_config_of(cfg, saved):
         if cfg.block_size > model_config.block_size:
             raise UserError(f"block_size = {cfg.block_size}, but the context of this model is "
                             f"{model_config.block_size} tokens; use at most that")
+        # a smaller block_size is allowed: load_weights() keeps the first positions
         return replace(model_config, dropout=cfg.dropout, block_size=cfg.block_size)
+    # some datasets do not say which tokenizer made them; then vocab_size decides
     tokenizer = tokenizers.of_dataset(folder_of(cfg.dataset), cfg.vocab_size)
     if isinstance(tokenizer, tokenizers.CharTokenizer):     # has far fewer ids than 50,304
         return GPTConfig.of(cfg, vocab_size=tokenizer.n_vocab)
     return GPTConfig.of(cfg)
 
 
-def plan_of(cfg, model_config, machine, known_tokens=None, past=None):
+def compute_plan(cfg, model_config, machine, token_counts=None, past=None):
     """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits.
 
-    `known_tokens` is dataset.KnownTokens; None if nobody knows how large the dataset is.
+    `token_counts` (dataset.KnownTokens) has the sizes of train and val; None if unknown.
     """
     past = past or {}                   # the checkpoint from which a run goes on; {}: a new run
     with torch.device("meta"):          # a model without memory, only to count its parameters
         model = GPT(model_config)
     counts = model.count_parameters()
     size = plan.Size(model_config, counts["total"], counts["blocks"], model.flops_per_token())
-    # fit: how a micro-batch is computed (batch_size, chunk of the loss, recompute)
-    fit = memory.choose(cfg, size, machine, past.get("fit"))    # the old one gives the same numbers
-    # the val windows do not depend on what fits: so val losses of all machines can be compared
-    batch_size = cfg.batch_size or TrainConfig.batch_size       # 0: take the default
-    val_windows = past.get("val_windows", cfg.eval_iters * batch_size)
+    # fit: how a micro-batch is computed (batch_size, chunk of the loss, recompute). A run that goes
+    # on keeps its fit, because another one gives other rounding errors
+    fit = memory.choose(cfg, size, machine, past.get("fit"))
+    # val losses of all machines can be compared, as val_windows does not depend on what fits
+    val_batch_size = cfg.batch_size or TrainConfig.batch_size       # 0: take the default
+    val_windows = past.get("val_windows", cfg.eval_iters * val_batch_size)
     cfg = replace(cfg, batch_size=fit.batch_size)
-    return plan.Plan(cfg, size, machine, fit, val_windows, known_tokens,
+    return plan.Plan(cfg, size, machine, fit, val_windows, token_counts,
                      steps_before=past.get("iter_num", 0))
 
 
-def recipe_advice(cfg, machine, known_tokens):
+def recipe_advice(cfg, machine, token_counts):
     """Which recipe (of config/) is the best for cfg.hours on this machine, in words."""
-    if not machine.peak_flops or not known_tokens:
+    if not machine.peak_flops or not token_counts:      # None for an unknown card, and for fp32
         return ("advice     needs a card in bf16 or fp16 (--device_name='RTX 4070'), and the size "
                 "of the text (--n_tokens=700_000_000)")
     recipes = {}
     for name in advice.RECIPES:
         path = runtime.PROJECT / advice.config_file(name)
         recipe = configure(TrainConfig, [str(path)])
-        recipe = replace(recipe, compile=cfg.compile)       # False where compiling is impossible
-        recipes[name] = plan_of(recipe, GPTConfig.of(recipe), machine, known_tokens)
+        recipe = replace(recipe, compile=cfg.compile)       # False: it will be slower
+        recipes[name] = compute_plan(recipe, GPTConfig.of(recipe), machine, token_counts)
     return advice.text(recipes, cfg.hours)
 
 
-def make_plan(cfg, model_config, saved, world):
-    """Print what the run will cost. Return its Plan, whose cfg has a batch_size above 0."""
-    # saved: the checkpoint with our first weights. past: the same one, if its run goes on
+def check_plan(cfg, model_config, saved, world):
+    """Print the Plan of the run and return it. Raise UserError if memory or disk is too small.
+
+    `world` is the processes of this run. With device_name, the plan is for another machine.
+    """
+    # past: the checkpoint of a run that goes on; {} if a new run only takes the weights of `saved`
     past = saved if resume.goes_on(cfg) else {}
-    cfg = resume.keep_fitted_steps(cfg, past, world)        # max_iters that --hours has chosen
+    cfg = resume.keep_max_iters(cfg, past, world)       # which --hours chose when the run began
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -203,8 +210,8 @@ def make_plan(cfg, model_config, saved, world):
         machine = cards.machine_of(world)
     # room: bytes that are free for the run. The GPU with the least decides for all
     machine = replace(machine, room=min(world.gather(machine.room)))
-    known_tokens = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
-    run_plan = plan_of(cfg, model_config, machine, known_tokens, past)
+    token_counts = dataset.known_tokens(cfg.dataset, cfg.n_tokens)
+    run_plan = compute_plan(cfg, model_config, machine, token_counts, past)
     cfg = run_plan.cfg
     if cfg.windows_per_step % (cfg.batch_size * world.size) > 0:
         raise UserError(f"a step has {cfg.windows_per_step} windows, which {world.size} processes "
@@ -213,7 +220,7 @@ def make_plan(cfg, model_config, saved, world):
         run_plan = replace(run_plan, measured=measured_speed(cfg.out_dir, machine))
     world.print(plan.text(run_plan))
     if cfg.dry_run and cfg.hours and not past:
-        world.print(recipe_advice(cfg, machine, known_tokens))
+        world.print(recipe_advice(cfg, machine, token_counts))
     reasons = plan.refusals(run_plan)   # sentences: why memory or disk is not enough
     is_refused = world.any(len(reasons) > 0)        # if one process refuses, all stop
     if is_refused and not (cfg.force or cfg.dry_run or cfg.eval_only):
@@ -248,7 +255,7 @@ def make_state(cfg, model_config, saved, fixed_parts, world):
     model.to(world.device)
     optimizer = optim.configure_optimizer(model, cfg, world.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
-    state = State(model, optimizer, scaler, Progress(), fixed_parts)
+    state = State(model, optimizer, scaler, Progress(), fixed_parts)    # Progress(): step 0
     torch.manual_seed(cfg.seed + world.rank)    # dropout differs between ranks
     if resume.goes_on(cfg):                     # optimizer, step, random numbers
         resume.restore(state, saved, cfg, world)
@@ -261,12 +268,12 @@ def make_state(cfg, model_config, saved, fixed_parts, world):
 def evaluate(batches, model, val_data, n_windows):
     """Mean loss over the first `n_windows` of val: the same ones every time.
 
-    `batches` are those of training: an evaluation takes as many windows at a time as they do.
+    `batches` only says how many windows are computed at a time, and on which ranks.
     """
     model.eval()
     loss_sum = torch.zeros((), device=batches.world.device)
     for idx, targets, n in fixed_batches(val_data, n_windows, batches.size, batches.world):
-        if n > 0:                       # in the last batch, a rank may have no window left
+        if n > 0:       # windows of val in this batch; in the last one, a rank may have none
             with batches.world.autocast():
                 loss_sum += n * model(idx, targets)     # the model gives the mean over n windows
     model.train()
@@ -276,7 +283,7 @@ def evaluate(batches, model, val_data, n_windows):
 def sample(model, tokenizer, cfg, world):
     """Let the model write a new document, always with the same seed.
 
-    The run's own random numbers stay as they are.
+    generate() has random numbers of its own, so that samples do not change the run.
     """
     can_decode = tokenizer.n_vocab is not None         # None: an unknown tokenizer
     if not (world.is_main and cfg.sample_tokens and can_decode):
@@ -285,14 +292,14 @@ def sample(model, tokenizer, cfg, world):
     model.eval()
     with world.autocast():
         ids = list(generate(model, [tokenizer.start], sampling, tokenizer.n_vocab,
-                            fixed_shapes=False))        # they are faster only for long samples
+                            fixed_shapes=False))    # no CUDA graph: it pays only for long samples
     model.train()
     return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def forward_backward(batches, ddp_model, step, scaler):
     """Add up the gradients of all micro-batches of a step; return their mean loss on this rank."""
-    ddp_model.zero_grad()               # drop the gradients of the last step, or of a failed call
+    ddp_model.zero_grad()       # gradients of the step before, or of a try that ran out of memory
     mean_loss = 0.0
     for i, (idx, targets) in enumerate(batches.of_step(step)):      # those of this rank
         # DDP (only DDP) reads this: exchange gradients only in the last micro-batch
@@ -320,18 +327,22 @@ def halve_until_it_fits(compute, batches, *args):
         runtime.free_memory(batches.world.device)
         batches.halve()                         # a UserError if that is impossible
         batches.world.print(f"out of memory: going on with {batches.size} windows at a time, "
-                            "which changes no result")
+                            "which changes results only by rounding")
 
 
 def fit_to_hours(cfg, log, progress, world):
-    """`cfg` with as many steps as fit into its hours, at the speed that `log` has measured."""
-    run_plan = log.measured_plan()
+    """With --hours, set max_iters once, after 20 steps. Returns cfg, or a changed copy of it."""
+    if cfg.hours == progress.fitted_hours:      # done before; or no --hours, then both are 0
+        return cfg
+    if not log.just_measured:                   # true once: when 20 steps have been timed
+        return cfg
+    run_plan = log.measured_plan()              # of the steps that are left
     tokens_per_s = run_plan.measured
-    seconds_left = 3600 * (cfg.hours - log.hours_of_run())
-    steps = plan.steps_in(run_plan, seconds_left, tokens_per_s)
-    steps = world.gather(steps)[0]      # all ranks take the number of rank 0
-    cfg = plan.with_steps(cfg, steps, progress.step)
-    progress.fitted_hours = cfg.hours   # done; a resume knows it from the checkpoint
+    seconds_left = 3600 * (cfg.hours - log.hours_with_resumes())
+    max_iters = plan.steps_in(run_plan, seconds_left, tokens_per_s)     # with those that are done
+    max_iters = world.gather(max_iters)[0]      # all ranks take the number of rank 0
+    cfg = plan.with_max_iters(cfg, max_iters, progress.step)    # some more, if these are too few
+    progress.fitted_hours = cfg.hours           # in checkpoints, so that a resume keeps max_iters
     run_plan = replace(run_plan, cfg=cfg)
     log.set_plan(run_plan)
     world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
@@ -362,8 +373,8 @@ def main(cfg):
     if not cfg.dry_run:
         dataset.ensure_prepared(cfg.dataset, world)     # runs prepare.py if data is missing
     model_config = model_config_of(cfg, saved)
-    run_plan = make_plan(cfg, model_config, saved, world)
-    cfg = run_plan.cfg
+    run_plan = check_plan(cfg, model_config, saved, world)
+    cfg = run_plan.cfg                                  # now with a batch_size that fits
     if cfg.dry_run:
         return
 
@@ -372,7 +383,7 @@ def main(cfg):
     # of them. So the number of the step is all that a resume needs
     train_data, val_data, tokenizer = open_data(cfg, model_config, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
-    n_check = min(n_val, cfg.batch_size)       # of these, in a save without an evaluation
+    n_check = min(n_val, cfg.batch_size)        # windows of a test before a save without one
 
     # model, optimizer, loss scaler, step; the fixed parts go into every checkpoint
     fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, tokenizer)
@@ -381,31 +392,31 @@ def main(cfg):
     del saved                                   # as large as the model and its optimizer
 
     # reports, compiling, batches
-    model.loss_chunk = run_plan.fit.chunk       # tokens whose loss is computed at a time
+    model.tokens_per_chunk = run_plan.fit.chunk     # the loss of so many is computed at a time
     log = RunLog(run_plan, world, progress)
     if world.is_main and not cfg.eval_only:
-        resume.open_folder(cfg, progress)       # files of an old run stay until the first save
+        resume.open_folder(cfg, progress)       # make it; an old run in it stays until a save
         log.open(train_data)                    # it counts epochs by the size of the data
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
-        model.compile(run_plan.fit.recompute, dynamic=False)    # in place: no _orig_mod. in names
+        model.compile(recompute=run_plan.fit.recompute, dynamic=False)
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     guard = Guard(model_config.vocab_size, scaler)  # ends a run whose loss is far above ln(V)
     stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
-    gc.disable()                                # Python's garbage collector would delay steps
-    gc.freeze()                                 # save() collects, but not what exists already
+    gc.disable()                                # it would interrupt steps; only save() collects
+    gc.freeze()                                 # save() skips what exists now: it is faster so
 
     while True:
         step = progress.step
-        trained = step > log.first_step         # this process has done a step
+        trained = step > log.first_step         # since this start
         last = step >= cfg.max_iters
 
         # evaluate at the start, every eval_interval steps and at the end; not right after a resume,
         # because that step was evaluated before it was saved
         due = last or step % cfg.eval_interval == 0
-        just_resumed = step > 0 and not trained
+        just_resumed = step > 0 and step == log.first_step
         evaluates = cfg.eval_only or (due and not just_resumed)
         if evaluates:
             progress.val_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_val)
@@ -413,21 +424,22 @@ def main(cfg):
         if cfg.eval_only:
             break
 
-        # save ckpt.pt; copy it to best.pt if val improved, and to stable.pt before a cooldown
-        improved = evaluates and progress.val_loss < progress.best_val_loss
+        # save ckpt.pt at the end, after an evaluation, before a cooldown and every save_minutes
         out_of_time = trained and cfg.max_hours > 0 and log.hours_since_start() > cfg.max_hours
         ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
-        overdue = world.any(time.monotonic() - saved_time > 60 * cfg.save_minutes)
+        improved = evaluates and progress.val_loss < progress.best_val_loss
         worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
-        stable = optim.is_before_cooldown(step, cfg)            # wsd: true once
-        if trained and (ending or worth_saving or stable or overdue):
+        cooldown_next = optim.is_before_cooldown(step, cfg)     # a longer run can start here
+        overdue = world.any(time.monotonic() - saved_time > 60 * cfg.save_minutes)
+        if trained and (ending or worth_saving or cooldown_next or overdue):
             check_loss = progress.val_loss
             if not evaluates:                   # a few windows show whether the model is broken
                 check_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, check_loss)     # ends a run that has diverged
-            progress.hours = log.hours_of_run()
-            resume.save(state, cfg, world, is_best=improved, is_stable=stable)  # new best_val_loss
-            log.flush()                         # its lines wait until an old run may be replaced
+            progress.hours = log.hours_with_resumes()
+            # writes ckpt.pt; if is_best, also best.pt and best_val_loss; if is_stable, stable.pt
+            resume.save(state, cfg, world, is_best=improved, is_stable=cooldown_next)
+            log.flush()         # with --overwrite, the new log waits for the first save
             saved_time = time.monotonic()
         if ending:
             break
@@ -444,13 +456,12 @@ def main(cfg):
         update(optimizer, scaler)
         progress.step += 1
         log.step(loss, lr, grad_norm, time.monotonic() - started)
-        if log.just_measured and cfg.hours != progress.fitted_hours:    # both 0: no --hours
-            cfg = fit_to_hours(cfg, log, progress, world)
+        cfg = fit_to_hours(cfg, log, progress, world)   # --hours: sets max_iters after 20 steps
 
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, world)         # a UserError if the last save failed
+    resume.check_saved(progress, world)     # a UserError if the last save failed and only warned
 
 
 if __name__ == "__main__":

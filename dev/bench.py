@@ -25,7 +25,7 @@ from onecard import cards, optim, plan, runtime  # noqa: E402
 from onecard.dataset import half  # noqa: E402
 from onecard.settings import configure_and_run  # noqa: E402
 from onecard.units import gib  # noqa: E402
-from train import TrainConfig, forward_backward, plan_of  # noqa: E402
+from train import TrainConfig, compute_plan, forward_backward  # noqa: E402
 
 ROUNDS = 7                              # measured steps of each kind
 MICRO_BATCHES = 8                       # of a measured step, if the run's have more
@@ -114,7 +114,7 @@ class Stepper:
 def ours(cfg, fit, model_class=GPT):
     """The model that train.py trains, as the plan computes a micro-batch."""
     model = model_class(GPTConfig.of(cfg))
-    model.loss_chunk = fit.chunk
+    model.tokens_per_chunk = fit.chunk
     if cfg.compile:
         model.compile(recompute=fit.recompute, dynamic=False)
     return model
@@ -152,7 +152,7 @@ def measure(name, stepper):
 
 def planned(cfg, world):
     """The Plan of `cfg` on this machine."""
-    return plan_of(cfg, GPTConfig.of(cfg), cards.machine_of(world))
+    return compute_plan(cfg, GPTConfig.of(cfg), cards.machine_of(world))
 
 
 def row_of(run_plan):

@@ -15,7 +15,7 @@ from model import GPTConfig  # noqa: E402
 from onecard import cards, plan  # noqa: E402
 from onecard.settings import configure  # noqa: E402
 from onecard.units import period  # noqa: E402
-from train import TrainConfig, plan_of  # noqa: E402
+from train import TrainConfig, compute_plan  # noqa: E402
 
 RECIPES = ("evening", "overnight", "64m", "week", "one_shard")
 CARDS = ("RTX 4060", "RTX 3080", "RTX 4070", "RTX 5060 Ti", "RTX 4090")
@@ -25,7 +25,7 @@ DATA = SimpleNamespace(train=696_500_000, val=3_500_000)
 def row(recipe, name):
     cfg = configure(TrainConfig, [str(PROJECT / "config" / f"train_fineweb_4070_{recipe}.py")])
     machine = cards.machine_named(name, torch.bfloat16)
-    planned = plan_of(cfg, GPTConfig.of(cfg), machine, DATA)
+    planned = compute_plan(cfg, GPTConfig.of(cfg), machine, DATA)
     fit = planned.fit
     slow, fast = planned.speeds
     recompute = "yes" if fit.recompute else "no"

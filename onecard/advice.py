@@ -36,8 +36,8 @@ def loss_range(recipe, hours):
 def is_possible(recipe, hours):
     """Whether a recipe has enough text, memory, and time for its shortest schedule."""
     tokens = tokens_in(hours, recipe.speeds[0])
-    # with_steps() takes the shortest schedule, as 0 steps are too few
-    fewest_steps = plan.with_steps(recipe.cfg, max_iters=0, step=0).max_iters
+    # with_max_iters() takes the shortest schedule, as 0 steps are too few
+    fewest_steps = plan.with_max_iters(recipe.cfg, max_iters=0, step=0).max_iters
     shortest = fewest_steps * recipe.tokens_per_step
     has_room = recipe.peak_memory <= recipe.machine.room
     has_text = recipe.data.train >= FEWEST_TOKENS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from onecard.runtime import product_dtype
+from onecard.runtime import matmul_dtype
 from onecard.settings import UserError, in_range
 from onecard.tokenizers import END_OF_TEXT
 
@@ -45,7 +45,7 @@ class KVCache:
     def __init__(self, model, fixed_shapes=False):
         c, device = model.config, model.lm_head.weight.device
         shape = (c.n_layer, 1, c.n_head, c.block_size, c.head_size)           # (L, B, H, T, D)
-        self.k = torch.zeros(shape, device=device, dtype=product_dtype(device.type))
+        self.k = torch.zeros(shape, device=device, dtype=matmul_dtype(device.type))
         self.v = torch.zeros_like(self.k)
         self.fixed_shapes = fixed_shapes
         self.n_read = torch.zeros(1, dtype=torch.long, device=device)   # a CUDA graph adds to it

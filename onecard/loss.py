@@ -6,7 +6,7 @@ forward computes both gradients, and backward only scales these.
 """
 import torch
 
-from onecard.runtime import product_dtype
+from onecard.runtime import matmul_dtype
 
 SMALLEST_CHUNK = 2048                   # tokens; the products of smaller ones are slower
 
@@ -19,7 +19,7 @@ def linear_cross_entropy(x, weight, targets, chunk, chunk_loss):
     the sums over chunks are in fp32.
     """
     device = x.device.type
-    dtype = product_dtype(device, x.dtype)
+    dtype = matmul_dtype(device, x.dtype)
     with torch.autocast(device, enabled=False):         # forward does its own casts
         return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype,
                                         torch.is_grad_enabled(), chunk, chunk_loss)

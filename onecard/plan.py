@@ -138,7 +138,7 @@ def steps_in(plan, seconds_left, speed):
     return plan.steps_before + max(int(for_steps / of_each_step), 0)
 
 
-def with_steps(cfg, max_iters, step):
+def with_max_iters(cfg, max_iters, step):
     """`cfg` with a schedule of `max_iters` steps, or of the fewest that can still be planned.
 
     At `step`, where the run is, the learning rate must not have begun to fall.
@@ -277,7 +277,7 @@ def hours_lines(plan):
     if plan.cfg.hours == 0 or plan.steps_before:        # a resumed run keeps its steps
         return []
     all_steps = [steps_in(plan, 3600 * plan.cfg.hours, speed) for speed in plan.speeds]
-    fewest, most = (with_steps(plan.cfg, steps, step=0).max_iters for steps in all_steps)
+    fewest, most = (with_max_iters(plan.cfg, steps, step=0).max_iters for steps in all_steps)
     tokens = f"{amount(fewest * plan.tokens_per_step)} to {amount(most * plan.tokens_per_step)}"
     hours = f"{plan.cfg.hours:g} hours are {fewest:,} to {most:,} steps = {tokens} tokens"
     return [f"hours      {hours}",

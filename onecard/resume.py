@@ -113,7 +113,7 @@ def fixed_parts(run_plan, train_data, val_data, tokenizer):
             "fit": asdict(run_plan.fit)}
 
 
-def keep_fitted_steps(cfg, past, world):
+def keep_max_iters(cfg, past, world):
     """A run that was fitted to its hours, and is resumed, keeps its number of steps."""
     fitted = past.get("fitted_hours", 0) if cfg.init_from == "resume" else 0
     if not fitted or cfg.hours not in (0, fitted):

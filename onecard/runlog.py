@@ -71,7 +71,7 @@ class RunLog:
         """Hours since this process began to train."""
         return (time.monotonic() - self.started) / 3600
 
-    def hours_of_run(self):
+    def hours_with_resumes(self):
         """Hours of training so far, over all processes that went on with this run."""
         return self.hours_before + self.hours_since_start()
 
@@ -83,7 +83,7 @@ class RunLog:
             self.world.print(f"    it writes: {' '.join(sample.split())}")
         if not self.is_open:
             return
-        self.write(val_loss=val_loss, hours=self.hours_of_run(), sample=sample)
+        self.write(val_loss=val_loss, hours=self.hours_with_resumes(), sample=sample)
         self.track({"val/loss": val_loss})
         if time.monotonic() - self.drawn_at > SECONDS_BETWEEN_PICTURES:
             self.draw()
@@ -133,7 +133,7 @@ class RunLog:
         if step % self.cfg.log_interval and step != 1:
             return
         self.write(tokens=tokens, epoch=epoch, train_loss=loss, lr=lr, grad_norm=grad_norm,
-                   tokens_per_s=rate, mfu=mfu, hours=self.hours_of_run())
+                   tokens_per_s=rate, mfu=mfu, hours=self.hours_with_resumes())
         self.track({"train/loss": loss, "lr": lr, "tokens_per_s": rate, "mfu": mfu})
         if self.bar.disable and time.monotonic() - self.printed_at >= SECONDS_BETWEEN_LINES:
             if rate:
@@ -221,5 +221,5 @@ class RunLog:
             reason = "max_hours are over: stopped"
         if self.progress.holds_old_run or not (self.out_dir / "ckpt.pt").is_file():
             advice = "Nothing was saved"
-        print(f"{reason} at step {step:,} after {self.hours_of_run():.2f} hours, best val loss "
-              f"{best}. {advice}")
+        hours = self.hours_with_resumes()
+        print(f"{reason} at step {step:,} after {hours:.2f} hours, best val loss {best}. {advice}")

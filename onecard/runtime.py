@@ -188,7 +188,7 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def product_dtype(device_type, dtype=torch.float32):
+def matmul_dtype(device_type, dtype=torch.float32):
     """The dtype of matrix products: autocast's, or `dtype` where autocast is off."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

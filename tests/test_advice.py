@@ -11,7 +11,7 @@ from conftest import PROJECT, run
 from model import GPTConfig
 from onecard import advice, cards
 from onecard.settings import configure
-from train import TrainConfig, plan_of, recipe_advice
+from train import TrainConfig, compute_plan, recipe_advice
 
 FILE = SimpleNamespace(train=696_500_000, val=3_500_000)     # FineWeb's first one
 NONE = "advice     none: no recipe is meant for"
@@ -73,7 +73,7 @@ def test_a_text_that_is_read_often_teaches_less():
 def test_the_losses_in_config_and_readme_are_the_formulas(name):
     path = PROJECT / advice.config_file(name)
     cfg = configure(TrainConfig, [str(path)])
-    recipe = plan_of(cfg, GPTConfig.of(cfg), cards.machine_named("RTX 4070", torch.bfloat16))
+    recipe = compute_plan(cfg, GPTConfig.of(cfg), cards.machine_named("RTX 4070", torch.bfloat16))
     tokens = recipe.cfg.max_iters * recipe.tokens_per_step
     loss = advice.predicted_loss(recipe.size.blocks, tokens, FILE.train)
     losses = f"{loss - advice.MARGIN:.2f} to {loss + advice.MARGIN:.2f}"

@@ -233,7 +233,7 @@ def test_weights_that_are_no_numbers_and_a_head_that_is_not_tied_are_refused():
     parts = parts_of(noisy())
     wte = parts["model"]["transformer.wte.weight"]
     for change in (wte.to(torch.int64), wte * math.nan, wte / 0, wte.to(torch.complex64)):
-        with pytest.raises(UserError, match="wte.weight of this model holds nan, infinity or"):
+        with pytest.raises(UserError, match="wte.weight of this model must be floating-point"):
             weights = {**parts["model"], "transformer.wte.weight": change}
             GPT.from_checkpoint({**parts, "model": weights})
     with pytest.raises(UserError, match="a head of its own"):
