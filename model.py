@@ -102,7 +102,7 @@ class GPTConfig:
 
     @property
     def mlp_width(self):
-        """Outputs of the MLP's first matrix. Half of swiglu's are a gate for the other half."""
+        """Outputs of the MLP's first matrix. In swiglu, one half is a gate for the other half."""
         if self.mlp == "swiglu":
             return 2 * self.inner_size
         return self.inner_size
@@ -156,7 +156,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B, H, T, D)
         if cache is None:               # training: a whole window
             dropout = self.dropout if self.training else 0.0
-            y = causal_attention(q, k, v, dropout)
+            y = causal_attention(q, k, v, dropout)      # torch's, or a faster one for CPUs
         else:                           # sampling: new tokens look at all tokens so far
             k, v = cache.extend(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, cache.mask)
@@ -227,7 +227,7 @@ class GPT(nn.Module):
             matrix_std = 0.55 / math.sqrt(c.n_embd)         # by experiments of nanochat
             residual_std, head_std = 0.0, 0.0
         embedding_std = 0.02
-        # embed_norm makes every embedding the same length. But a tied head needs small weights
+        # with embed_norm, the size of the embedding does not matter, but a tied head must be small
         if c.embed_norm and not c.tie_word_embeddings:
             embedding_std = 1.0
 
@@ -294,7 +294,7 @@ class GPT(nn.Module):
         With `recompute`, backward computes cheap activations again instead of reading them: half
         the memory, some 2 % slower.
         """
-        # the setting forbids what `recompute` allows
+        # True forbids to recompute
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         # two graphs: a single one would keep the logits of all chunks until the loss is complete
         self.hidden = torch.compile(self.hidden, **options)

@@ -29,7 +29,7 @@ class PrepareConfig:
     files: tuple = ()                   # text files or folders; none: the one file under data/
     dataset: str = ""                   # folder under data/; "": fineweb, or sample with --sample
     val: str = ""                       # a file to validate on; "": draw documents from the files
-    val_fraction: float = 0.0           # share of documents for val; 0: 0.5 %, more of short text
+    val_fraction: float = 0.0           # share of documents for val; 0: automatic, usually 0.5 %
     text_column: str = "text"           # column or field that holds the text
     seed: int = 1337                    # decides which documents are drawn
     encoder: str = "auto"               # gigatoken (a fast package), tiktoken (same ids) or auto

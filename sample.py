@@ -53,12 +53,12 @@ def read_start(start):
 
 
 def encode_prompt(text, tokenizer, block_size):
-    """The tokens of `text`. GPT-2's begin with end-of-text, as each document of training does."""
+    """The tokens of `text`. A GPT-2 prompt begins with end-of-text, as documents in training do."""
     is_gpt2 = isinstance(tokenizer, tokenizers.GPT2Tokenizer)
     if is_gpt2:
         text = text.removeprefix("<|endoftext|>")       # it comes first anyway
     ids = tokenizer.encode(text).tolist()
-    if is_gpt2 or not ids:              # of characters, only an empty text needs a first token
+    if is_gpt2 or not ids:              # a character model needs a start only if text is empty
         ids = [tokenizer.start] + ids
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens; the model sees the last {block_size:,} of "
@@ -138,5 +138,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    # prints_results: end if the reader of the output (such as head) is gone
+    # prints_results=True: if another program reads the output and ends, this script ends, too
     configure_and_run(main, SampleConfig, __doc__, prints_results=True)

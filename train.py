@@ -40,8 +40,8 @@ class TrainConfig(GPTConfig):
     eval_only: bool = False             # evaluate once and exit
     always_save_checkpoint: bool = True     # save after every evaluation; False: if val improved
     save_minutes: float = 10.0          # save at least this often, in any case
-    max_hours: float = 0.0              # a pause: save and stop after so many hours; 0 = off
-    hours: float = 0.0                  # a plan: choose max_iters so that all is done then; 0 = off
+    max_hours: float = 0.0              # save and stop after this many hours; 0 = no limit
+    hours: float = 0.0                  # choose max_iters so that the run takes this long; 0 = off
     # init_from: resume continues the run in out_dir; FILE.pt continues the run that wrote it;
     # gpt2, or a folder (of a run or a transformers model), gives a new run its first weights
     init_from: str = "scratch"          # scratch, resume, FILE.pt, gpt2, or a folder with a model
@@ -50,7 +50,7 @@ class TrainConfig(GPTConfig):
     # the plan
     dry_run: bool = False               # print the plan and exit; changes nothing on the disk
     device_name: str = ""               # dry_run: plan for this card, such as 'RTX 4070'
-    n_tokens: int = 0                   # dry_run: plan for a text of so many; 0 = the dataset's
+    n_tokens: int = 0                   # dry_run: tokens of the text; 0 = those of the dataset
     # wandb, tensorboard
     wandb_log: bool = False             # also log to Weights & Biases
     wandb_project: str = "owt"          # project in Weights & Biases; owt: OpenWebText
@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     tokens_per_step: int = 0            # replaces gradient_accumulation_steps; 0 = off
     seed: int = 1337                    # random seed for first weights, data order and dropout
     # model: block_size, n_layer, ... are GPTConfig's
-    bias: bool = False                  # no biases in Linear and LayerNorm (GPTConfig: True)
+    bias: bool = False                  # biases in Linear and LayerNorm; here off, unlike GPTConfig
     # optimizer
     optimizer: str = "adamw"            # adamw; muon: Muon for matrices, AdamW for the rest
     learning_rate: float = 6e-4         # the highest rate; muon needs about 0.02
@@ -88,7 +88,7 @@ class TrainConfig(GPTConfig):
     head_weight_decay: float = 0.01     # for the head
     momentum: float = 0.95              # highest momentum of Muon; it begins at 0.85
     momentum_warmup: int = 300          # steps in which the momentum rises
-    muon_beta2: float = 0.95            # NorMuon (onecard/optim.py): decay of averages; 0 = off
+    muon_beta2: float = 0.95            # of the NorMuon variant, see onecard/optim.py; 0 = off
     cautious: bool = True               # no weight_decay where the step makes the weight larger
     # machine
     backend: str = "auto"               # how processes talk: nccl on CUDA, else gloo
@@ -161,7 +161,7 @@ def model_config_of(cfg, saved):
 
 
 def compute_plan(cfg, model_config, machine, token_counts=None, past=None):
-    """The Plan of a run on a machine. In its cfg, a batch_size of 0 is replaced by what fits.
+    """The Plan of a run on a machine. plan.cfg is cfg, with what fits for a batch_size of 0.
 
     `token_counts` (dataset.KnownTokens) has the sizes of train and val; None if unknown.
     """
@@ -173,9 +173,10 @@ def compute_plan(cfg, model_config, machine, token_counts=None, past=None):
     # fit: how a micro-batch is computed (batch_size, chunk of the loss, recompute). A run that goes
     # on keeps its fit, because another one gives other rounding errors
     fit = memory.choose(cfg, size, machine, past.get("fit"))
-    # val losses of all machines can be compared, as val_windows does not depend on what fits
+    # the val windows do not depend on what fits, so val losses of two machines can be compared
     val_batch_size = cfg.batch_size or TrainConfig.batch_size       # 0: take the default
-    val_windows = past.get("val_windows", cfg.eval_iters * val_batch_size)
+    default_windows = cfg.eval_iters * val_batch_size
+    val_windows = past.get("val_windows", default_windows)
     cfg = replace(cfg, batch_size=fit.batch_size)
     return plan.Plan(cfg, size, machine, fit, val_windows, token_counts,
                      steps_before=past.get("iter_num", 0))
@@ -190,7 +191,7 @@ def recipe_advice(cfg, machine, token_counts):
     for name in advice.RECIPES:
         path = runtime.PROJECT / advice.config_file(name)
         recipe = configure(TrainConfig, [str(path)])
-        recipe = replace(recipe, compile=cfg.compile)       # False: it will be slower
+        recipe = replace(recipe, compile=cfg.compile)       # without it, a recipe is slower
         recipes[name] = compute_plan(recipe, GPTConfig.of(recipe), machine, token_counts)
     return advice.text(recipes, cfg.hours)
 
@@ -200,9 +201,10 @@ def check_plan(cfg, model_config, saved, world):
 
     `world` is the processes of this run. With device_name, the plan is for another machine.
     """
-    # past: the checkpoint of a run that goes on; {} if a new run only takes the weights of `saved`
+    # saved: the checkpoint that gives the weights. past: the same one if its run goes on, and {} if
+    # a new run begins
     past = saved if resume.goes_on(cfg) else {}
-    cfg = resume.keep_max_iters(cfg, past, world)       # which --hours chose when the run began
+    cfg = resume.keep_max_iters(cfg, past, world)       # if --hours chose max_iters at the start
     if cfg.device_name:                 # a card that is not in this machine
         dtype = runtime.DTYPES.get(cfg.dtype, torch.bfloat16)       # bf16 for auto
         machine = cards.machine_named(cfg.device_name, dtype)
@@ -277,7 +279,7 @@ def evaluate(batches, model, val_data, n_windows):
             with batches.world.autocast():
                 loss_sum += n * model(idx, targets)     # the model gives the mean over n windows
     model.train()
-    return (batches.world.sum(loss_sum) / n_windows).item()     # n_windows are of all ranks
+    return (batches.world.sum(loss_sum) / n_windows).item()     # over the windows of all ranks
 
 
 def sample(model, tokenizer, cfg, world):
@@ -332,17 +334,16 @@ def halve_until_it_fits(compute, batches, *args):
 
 def fit_to_hours(cfg, log, progress, world):
     """With --hours, set max_iters once, after 20 steps. Returns cfg, or a changed copy of it."""
-    if cfg.hours == progress.fitted_hours:      # done before; or no --hours, then both are 0
+    if cfg.hours in (0, progress.fitted_hours):     # no --hours, or this was done before
         return cfg
-    if not log.just_measured:                   # true once: when 20 steps have been timed
+    if not log.just_measured:           # true once, when 20 steps have been timed
         return cfg
-    run_plan = log.measured_plan()              # of the steps that are left
-    tokens_per_s = run_plan.measured
+    run_plan = log.measured_plan()      # the plan of the remaining steps, with the measured speed
     seconds_left = 3600 * (cfg.hours - log.hours_with_resumes())
-    max_iters = plan.steps_in(run_plan, seconds_left, tokens_per_s)     # with those that are done
+    max_iters = plan.steps_in(run_plan, seconds_left, run_plan.measured)    # and the steps before
     max_iters = world.gather(max_iters)[0]      # all ranks take the number of rank 0
-    cfg = plan.with_max_iters(cfg, max_iters, progress.step)    # some more, if these are too few
-    progress.fitted_hours = cfg.hours           # in checkpoints, so that a resume keeps max_iters
+    cfg = plan.with_max_iters(cfg, max_iters, progress.step)    # more, if the schedule needs more
+    progress.fitted_hours = cfg.hours   # checkpoints have it, so that a resume keeps max_iters
     run_plan = replace(run_plan, cfg=cfg)
     log.set_plan(run_plan)
     world.print(f"hours      {cfg.max_iters:,} steps fit into {cfg.hours:g} hours. The plan "
@@ -383,7 +384,7 @@ def main(cfg):
     # of them. So the number of the step is all that a resume needs
     train_data, val_data, tokenizer = open_data(cfg, model_config, saved, world)
     n_val = min(run_plan.val_windows, val_data.n_windows)      # windows of an evaluation
-    n_check = min(n_val, cfg.batch_size)        # windows of a test before a save without one
+    n_check = min(n_val, cfg.batch_size)        # windows of a quick check before other saves
 
     # model, optimizer, loss scaler, step; the fixed parts go into every checkpoint
     fixed_parts = resume.fixed_parts(run_plan, train_data, val_data, tokenizer)
@@ -392,10 +393,10 @@ def main(cfg):
     del saved                                   # as large as the model and its optimizer
 
     # reports, compiling, batches
-    model.tokens_per_chunk = run_plan.fit.chunk     # the loss of so many is computed at a time
+    model.tokens_per_chunk = run_plan.fit.chunk     # tokens whose loss is computed at a time
     log = RunLog(run_plan, world, progress)
     if world.is_main and not cfg.eval_only:
-        resume.open_folder(cfg, progress)       # make it; an old run in it stays until a save
+        resume.open_folder(cfg, progress)       # make out_dir; an old run stays until a save
         log.open(train_data)                    # it counts epochs by the size of the data
     if cfg.compile:
         world.print("compiling the model (about a minute; the next start is faster)")
@@ -403,18 +404,18 @@ def main(cfg):
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
     guard = Guard(model_config.vocab_size, scaler)  # ends a run whose loss is far above ln(V)
-    stop = runtime.stop_event()                 # set by Ctrl-C; a second one exits at once
+    stop = runtime.stop_on_signals()            # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
-    gc.disable()                                # it would interrupt steps; only save() collects
-    gc.freeze()                                 # save() skips what exists now: it is faster so
+    gc.disable()                                # garbage collection would interrupt steps
+    gc.freeze()                                 # save() collects, but skips what exists now
 
     while True:
         step = progress.step
         trained = step > log.first_step         # since this start
         last = step >= cfg.max_iters
 
-        # evaluate at the start, every eval_interval steps and at the end; not right after a resume,
-        # because that step was evaluated before it was saved
+        # evaluate at the start, every eval_interval steps and at the end; not right after a resume:
+        # if an evaluation was due at that step, it was done before the save
         due = last or step % cfg.eval_interval == 0
         just_resumed = step > 0 and step == log.first_step
         evaluates = cfg.eval_only or (due and not just_resumed)
@@ -426,10 +427,10 @@ def main(cfg):
 
         # save ckpt.pt at the end, after an evaluation, before a cooldown and every save_minutes
         out_of_time = trained and cfg.max_hours > 0 and log.hours_since_start() > cfg.max_hours
-        ending = world.any(last or stop.is_set() or out_of_time)    # if one rank ends, all end
+        ending = world.any(last or stop.is_set or out_of_time)    # if one rank ends, all end
         improved = evaluates and progress.val_loss < progress.best_val_loss
         worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
-        cooldown_next = optim.is_before_cooldown(step, cfg)     # a longer run can start here
+        cooldown_next = optim.is_before_cooldown(step, cfg)
         overdue = world.any(time.monotonic() - saved_time > 60 * cfg.save_minutes)
         if trained and (ending or worth_saving or cooldown_next or overdue):
             check_loss = progress.val_loss
@@ -437,9 +438,9 @@ def main(cfg):
                 check_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_check)
             guard.before_save(step, check_loss)     # ends a run that has diverged
             progress.hours = log.hours_with_resumes()
-            # writes ckpt.pt; if is_best, also best.pt and best_val_loss; if is_stable, stable.pt
+            # is_best: also best.pt and best_val_loss. is_stable: also stable.pt, for longer runs
             resume.save(state, cfg, world, is_best=improved, is_stable=cooldown_next)
-            log.flush()         # with --overwrite, the new log waits for the first save
+            log.flush()         # a new log replaces an old one (--overwrite) after the first save
             saved_time = time.monotonic()
         if ending:
             break
@@ -461,7 +462,7 @@ def main(cfg):
     batches.close()
     log.close()
     world.close()
-    resume.check_saved(progress, world)     # a UserError if the last save failed and only warned
+    resume.check_saved(progress, world)     # a UserError if the last save failed (with a warning)
 
 
 if __name__ == "__main__":

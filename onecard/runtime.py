@@ -7,7 +7,6 @@ import platform
 import re
 import signal
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,19 +246,25 @@ def free_memory(device):
         torch.get_device_module(device).empty_cache()
 
 
-def stop_event():
-    """An event that is set by Ctrl-C, by SIGTERM, and by SIGHUP, which a closed terminal sends.
+@dataclass
+class Stop:
+    """Whether the run shall stop. A threading.Event would hang if two signals came together."""
+    is_set: bool = False
+
+
+def stop_on_signals():
+    """A Stop that is set by Ctrl-C, by SIGTERM, and by SIGHUP, which a closed terminal sends.
 
     When Ctrl-C or SIGTERM comes again, it ends the process at once.
     """
-    event = threading.Event()
+    stop = Stop()
     hangup = getattr(signal, "SIGHUP", None)            # Windows has none
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:       # nohup ignores it
         numbers.append(hangup)
 
     def on_signal(number, frame):
-        event.set()
+        stop.is_set = True
         following = signal.SIG_DFL
         if number == hangup:                            # some terminals send two
             following = signal.SIG_IGN
@@ -270,7 +275,7 @@ def stop_event():
 
     for number in numbers:
         signal.signal(number, on_signal)
-    return event
+    return stop
 
 
 def versions():

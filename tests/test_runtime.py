@@ -106,13 +106,43 @@ def test_compiled_code_is_kept_in_the_project_where_its_path_suits_a_compiler(
 def test_a_closed_terminal_stops_a_run_however_often_it_says_so_but_not_under_nohup():
     with restoring():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = runtime.stop_event()
+        stop = runtime.stop_on_signals()
         for _ in range(3):
             signal.raise_signal(signal.SIGHUP)
-        assert stop.is_set()
-        stop = runtime.stop_event()                     # SIGHUP is ignored now, as by nohup
+        assert stop.is_set
+        stop = runtime.stop_on_signals()                # SIGHUP is ignored now, as by nohup
         signal.raise_signal(signal.SIGHUP)
-        assert not stop.is_set()
+        assert not stop.is_set
+
+
+def stop_twice(n):
+    """Get SIGHUP, and SIGTERM after n more lines, most of which are of the handler of SIGHUP."""
+    countdown = iter(range(n, -1, -1))
+
+    def trace(frame, event, argument):
+        if next(countdown, None) == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    stop = runtime.stop_on_signals()
+    sys.settrace(trace)
+    signal.raise_signal(signal.SIGHUP)
+    sys.settrace(None)
+    os._exit(0 if stop.is_set else 1)
+
+
+@pytest.mark.parametrize("n", range(12))
+def test_a_signal_that_interrupts_the_handler_of_another_one_hangs_no_run(n):
+    pid = os.fork()
+    if pid == 0:
+        stop_twice(n)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if ended == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert ended == (pid, 0)
 
 
 def join(rank, folder, port):
