@@ -1,6 +1,7 @@
 """A run of train.py that takes a tenth of a second, and what it leaves behind."""
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -61,6 +62,7 @@ def start(folder, env=None, terminal=None, **settings):
     def main():
         if terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)    # also where nohup runs the tests
         os.closerange(3, 1000)              # Popen waits until one of these is closed
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
         os.environ.update(env or {})
