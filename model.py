@@ -109,14 +109,14 @@ class GPTConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in fp32, whatever the dtype of `x` is."""
+    """torch's LayerNorm, computed in fp32; the result has the dtype of `x`."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed in fp32, whatever the dtype of `x` is."""
+    """torch's RMSNorm, computed in fp32; the result has the dtype of `x`."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
@@ -224,7 +224,7 @@ class GPT(nn.Module):
         matrix_std, head_std = 0.02, 0.02
         residual_std = 0.02 / math.sqrt(2 * c.n_layer)      # the residual stream sums 2 L outputs
         if c.zero_init:
-            matrix_std = 0.55 / math.sqrt(c.n_embd)         # by experiments of nanochat
+            matrix_std = 0.55 / math.sqrt(c.n_embd)         # nanochat's and modded-nanogpt's value
             residual_std, head_std = 0.0, 0.0
         embedding_std = 0.02
         # with embed_norm, the size of the embedding does not matter, but a tied head must be small
@@ -343,7 +343,7 @@ class GPT(nn.Module):
         for name, weight in weights.items():
             if not (weight.is_floating_point() and weight.isfinite().all()):
                 raise UserError(f"the {name} of this model must be floating-point numbers without "
-                                "nan and infinity; the model cannot be used")
+                                "nan and infinity; use another checkpoint")
         embedding, head = weights["transformer.wte.weight"], weights["lm_head.weight"]
         if self.config.tie_word_embeddings and not torch.equal(embedding, head):
             raise UserError("this model has a head of its own, and its settings say that the head "

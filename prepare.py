@@ -36,7 +36,7 @@ class PrepareConfig:
     num_proc: int = 0                   # threads (nanoGPT's name); 0: one for each core
     download: bool = False              # fetch FineWeb's first file and prepare it
     sample: bool = False                # make a small dataset from Python's documentation
-    force: bool = False                 # replace what is in the dataset's folder, whatever it is
+    force: bool = False                 # prepare again, and replace a dataset of other files
 
     def __post_init__(self):
         in_range(0, 0.99999, self, "val_fraction")     # training needs a share, too
@@ -117,7 +117,7 @@ def write_splits(files, cfg, writers, bar):
         val_hashes = np.append(val_hashes, batch.hashes)
         all_of_it = np.ones(len(batch.hashes), bool)
         writers["val"].add(batch, all_of_it)
-        move_bar(bar, counts["bytes read"])
+        bar.update(counts["bytes read"] - bar.n)            # tqdm takes the difference
     texts = documents.batches(files["train"], cfg.text_column, counts)
     for batch in encoder.encode(texts, cfg):
         to_val = batch.hashes < limit
@@ -125,13 +125,8 @@ def write_splits(files, cfg, writers, bar):
         writers["val"].add(batch, to_val)
         writers["train"].add(batch, ~to_val & ~in_val_files)
         counts["in both splits"] += int(in_val_files.sum())
-        move_bar(bar, counts["bytes read"])
+        bar.update(counts["bytes read"] - bar.n)            # tqdm takes the difference
     return counts
-
-
-def move_bar(bar, n_bytes):
-    """Let the progress bar show `n_bytes`. tqdm's update() takes the difference."""
-    bar.update(n_bytes - bar.n)
 
 
 def prepare(files, folder, cfg, inputs):

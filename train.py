@@ -126,12 +126,12 @@ class TrainConfig(GPTConfig):
             raise UserError("batch_size = 0 takes what fits, so tokens_per_step must say how large "
                             f"a step is. The default batch_size, {usual}, makes steps of "
                             f"--tokens_per_step={tokens}")
-        in_micro_batch = max(self.batch_size, 1) * self.block_size      # 0 counts as one window
-        if self.tokens_per_step and self.tokens_per_step % in_micro_batch > 0:
-            nearest = max(round(self.tokens_per_step / in_micro_batch), 1) * in_micro_batch
+        micro_batch_tokens = max(self.batch_size, 1) * self.block_size      # 0 counts as one window
+        if self.tokens_per_step and self.tokens_per_step % micro_batch_tokens > 0:
+            nearest = max(round(self.tokens_per_step / micro_batch_tokens), 1) * micro_batch_tokens
             raise UserError(f"tokens_per_step = {self.tokens_per_step:,} does not divide into "
                             "micro-batches of batch_size x block_size = "
-                            f"{in_micro_batch:,} tokens. Nearest that works: "
+                            f"{micro_batch_tokens:,} tokens. Nearest that works: "
                             f"--tokens_per_step={nearest}")
 
     @property
@@ -184,14 +184,14 @@ def compute_plan(cfg, model_config, machine, token_counts=None, past=None):
 
 def recipe_advice(cfg, machine, token_counts):
     """Which recipe (of config/) is the best for cfg.hours on this machine, in words."""
-    if not machine.peak_flops or not token_counts:      # None for an unknown card, and for fp32
+    if not machine.peak_flops or not token_counts:  # peak_flops: None for an unknown card or fp32
         return ("advice     needs a card in bf16 or fp16 (--device_name='RTX 4070'), and the size "
                 "of the text (--n_tokens=700_000_000)")
     recipes = {}
     for name in advice.RECIPES:
         path = runtime.PROJECT / advice.config_file(name)
         recipe = configure(TrainConfig, [str(path)])
-        recipe = replace(recipe, compile=cfg.compile)       # without it, a recipe is slower
+        recipe = replace(recipe, compile=cfg.compile)       # not compiled, a recipe is slower
         recipes[name] = compute_plan(recipe, GPTConfig.of(recipe), machine, token_counts)
     return advice.text(recipes, cfg.hours)
 
@@ -329,7 +329,7 @@ def halve_until_it_fits(compute, batches, *args):
         runtime.free_memory(batches.world.device)
         batches.halve()                         # a UserError if that is impossible
         batches.world.print(f"out of memory: going on with {batches.size} windows at a time, "
-                            "which changes results only by rounding")
+                            "with the same results but for rounding and dropout")
 
 
 def fit_to_hours(cfg, log, progress, world):
@@ -403,7 +403,7 @@ def main(cfg):
         model.compile(recompute=run_plan.fit.recompute, dynamic=False)
     ddp_model = runtime.distribute(model, world)    # the model itself, if there is one GPU
     batches = Batches(train_data, cfg, world)   # reads the next batch in a thread
-    guard = Guard(model_config.vocab_size, scaler)  # ends a run whose loss is far above ln(V)
+    guard = Guard(model_config.vocab_size, scaler)  # ends a run that diverges (far above ln(V))
     stop = runtime.stop_on_signals()            # set by Ctrl-C; a second one exits at once
     saved_time = time.monotonic()
     gc.disable()                                # garbage collection would interrupt steps
@@ -425,14 +425,14 @@ def main(cfg):
         if cfg.eval_only:
             break
 
-        # save ckpt.pt at the end, after an evaluation, before a cooldown and every save_minutes
+        # save at the end, after an evaluation, before a cooldown, every save_minutes; all ranks do
         out_of_time = trained and cfg.max_hours > 0 and log.hours_since_start() > cfg.max_hours
-        ending = world.any(last or stop.is_set or out_of_time)    # if one rank ends, all end
+        ending = world.any(last or stop.requested or out_of_time)   # if one rank ends, all end
         improved = evaluates and progress.val_loss < progress.best_val_loss
         worth_saving = improved or (evaluates and cfg.always_save_checkpoint)
         cooldown_next = optim.is_before_cooldown(step, cfg)
-        overdue = world.any(time.monotonic() - saved_time > 60 * cfg.save_minutes)
-        if trained and (ending or worth_saving or cooldown_next or overdue):
+        overdue = time.monotonic() - saved_time > 60 * cfg.save_minutes
+        if trained and world.any(ending or worth_saving or cooldown_next or overdue):
             check_loss = progress.val_loss
             if not evaluates:                   # a few windows show whether the model is broken
                 check_loss = halve_until_it_fits(evaluate, batches, model, val_data, n_check)

@@ -161,7 +161,7 @@ class Batches:
             yield self.ahead.get(first + i * self.world.size * self.size, self.size)
 
     def halve(self):
-        """Read smaller micro-batches, after memory ran out. Only rounding changes."""
+        """Read smaller micro-batches, after memory ran out. Only rounding and dropout change."""
         if self.size == 1 or self.world.size > 1:       # the other ranks do not know of it
             raise UserError(f"out of memory with {self.size} windows at a time, "
                             f"{self.world.device}. A smaller block_size, n_layer or n_embd fits"

@@ -248,12 +248,12 @@ def free_memory(device):
 
 @dataclass
 class Stop:
-    """Whether the run shall stop. A threading.Event would hang if two signals came together."""
-    is_set: bool = False
+    """Whether the run shall stop. With a threading.Event, two signals together would hang it."""
+    requested: bool = False
 
 
 def stop_on_signals():
-    """A Stop that is set by Ctrl-C, by SIGTERM, and by SIGHUP, which a closed terminal sends.
+    """A Stop that is requested by Ctrl-C, by SIGTERM, and by SIGHUP, which a closed terminal sends.
 
     When Ctrl-C or SIGTERM comes again, it ends the process at once.
     """
@@ -264,7 +264,7 @@ def stop_on_signals():
         numbers.append(hangup)
 
     def on_signal(number, frame):
-        stop.is_set = True
+        stop.requested = True
         following = signal.SIG_DFL
         if number == hangup:                            # some terminals send two
             following = signal.SIG_IGN

@@ -109,10 +109,10 @@ def test_a_closed_terminal_stops_a_run_however_often_it_says_so_but_not_under_no
         stop = runtime.stop_on_signals()
         for _ in range(3):
             signal.raise_signal(signal.SIGHUP)
-        assert stop.is_set
+        assert stop.requested
         stop = runtime.stop_on_signals()                # SIGHUP is ignored now, as by nohup
         signal.raise_signal(signal.SIGHUP)
-        assert not stop.is_set
+        assert not stop.requested
 
 
 def stop_twice(n):
@@ -128,7 +128,7 @@ def stop_twice(n):
     sys.settrace(trace)
     signal.raise_signal(signal.SIGHUP)
     sys.settrace(None)
-    os._exit(0 if stop.is_set else 1)
+    os._exit(0 if stop.requested else 1)
 
 
 @pytest.mark.parametrize("n", range(12))

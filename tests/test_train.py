@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import struct
 import termios
 from dataclasses import replace
@@ -184,12 +185,20 @@ def test_one_can_watch_it_learn_and_that_changes_nothing(tiny, capsys):
 
 # several processes, other data
 
-def two_processes(folder, local_ranks="01", **settings):
-    """Run train.py as torchrun starts it. Returns (exit status, output) of both processes."""
+def two_processes(folder, local_ranks="01", second=None, **settings):
+    """Run train.py as torchrun starts it. Returns (exit status, output) of both processes.
+
+    The second one runs in the folder `second`, as if it was on another machine.
+    """
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    processes = [start(folder, env={**world, "RANK": rank, "LOCAL_RANK": local_ranks[int(rank)]},
-                       **settings) for rank in ("0", "1")]
-    outputs = [process.communicate()[0] for process in processes]
+    processes = [start(where, env={**world, "RANK": rank, "LOCAL_RANK": local_rank}, **settings)
+                 for where, rank, local_rank in zip((folder, second or folder), "01", local_ranks,
+                                                    strict=True)]
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()              # where one waits for the other for ever
     return [process.returncode for process in processes], outputs
 
 
@@ -206,6 +215,17 @@ def test_two_processes_give_the_losses_of_one(tiny, settings, local_ranks):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     first, second = saved(out_dir="out-two")["rng"]
     assert not torch.equal(first["cpu"], second["cpu"])     # dropout differs between ranks
+
+
+def test_processes_that_know_different_best_losses_save_together(tiny):
+    run_tiny(lr_decay_iters=24)
+    shutil.copytree(tiny, "second", ignore=shutil.ignore_patterns("best.pt", "second"))
+    best = {**saved("best.pt"), "best_val_loss": 0.0}       # only the first machine knows it
+    torch.save(best, "out/best.pt")
+    codes, outputs = two_processes(tiny, "00", second="second", init_from="resume", max_iters=24,
+                                   lr_decay_iters=24, always_save_checkpoint=False)
+    assert codes == [0, 0], outputs
+    assert saved()["iter_num"] == 24 and saved()["best_val_loss"] == 0.0
 
 
 def test_a_step_that_the_processes_cannot_share_is_named(tiny):
